@@ -1,0 +1,231 @@
+"""The core: convolution and linear maps whose backward sends the error through a feedback matrix B instead of W.
+
+Forward, weight gradient and bias gradient are those of torch; only the gradient with respect to the input differs
+(Moskovitz et al. 2018, eq. 3):
+
+    delta_below = B^T delta      instead of      W^T delta
+
+`feedback` is anything that maps the effective weight W of the call to B, of W's shape: usually a `fahooks.Rule`. It is
+called in the backward pass, so that at most one layer's B exists at a time. Its readable twin is `fahooks.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Feedback = Callable[[Tensor], Tensor]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, feedback: Feedback) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.feedback = feedback
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_rows = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_input = grad_weight = grad_bias = None
+        if needs_input:
+            grad_input = (grad_rows @ feedback_matrix(ctx.feedback, weight)).view(input.shape)
+        if needs_weight:
+            grad_weight = grad_rows.t() @ input.reshape(-1, input.shape[-1])
+        if needs_bias:
+            grad_bias = grad_rows.sum(0)
+        return grad_input, grad_weight, grad_bias, None
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, feedback: Feedback, settings: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.feedback = feedback
+        ctx.settings = settings
+        ctx.bias_sizes = None if bias is None else bias.shape
+        return torch.convolution(input, weight, bias, *settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        # The weight gradient does not read the weight slot, so that one call with B in it yields all three gradients.
+        matrix = feedback_matrix(ctx.feedback, weight) if needed[0] else weight
+        gradients = torch.ops.aten.convolution_backward.default(
+            grad_output, input, matrix, ctx.bias_sizes, *ctx.settings, needed
+        )
+        return *gradients, None, None
+
+
+def feedback_matrix(feedback: Feedback, weight: Tensor) -> Tensor:
+    """B for the effective `weight` of a call, checked to have its shape.
+
+    Raises:
+        ValueError: B has another shape than the weight.
+    """
+    matrix = feedback(weight)
+    if matrix.shape != weight.shape:
+        raise ValueError(
+            f"{type(feedback).__name__} returned a feedback matrix of shape {tuple(matrix.shape)} "
+            f"for a weight of shape {tuple(weight.shape)}"
+        )
+    return matrix
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, feedback: Feedback) -> Tensor:
+    """`torch.nn.functional.linear` with B in the backward pass.
+
+    Arguments:
+        input: [..., in_features].
+        weight: [out_features, in_features].
+        bias: [out_features] or None.
+        feedback: maps weight to B, of the same shape.
+
+    Returns:
+        [..., out_features], the same bits as torch's.
+    """
+    if not _sends_error(input):
+        return F.linear(input, weight, bias)
+    return _Linear.apply(*_autocast(input, weight, bias), feedback)
+
+
+def _convolve(
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    feedback: Feedback,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    transposed: bool = False,
+    output_padding: int | Sequence[int] = 0,
+) -> Tensor:
+    dilation = _expand(dilation, dimensions)
+    if isinstance(padding, str):
+        input, padding = _resolve_padding(input, weight, padding, dilation)
+    unbatched = input.dim() == dimensions + 1
+    if unbatched:
+        input = input.unsqueeze(0)
+    settings = (
+        _expand(stride, dimensions),
+        _expand(padding, dimensions),
+        dilation,
+        transposed,
+        _expand(output_padding, dimensions),
+        groups,
+    )
+    output = _Convolution.apply(*_autocast(input, weight, bias), feedback, settings)
+    return output.squeeze(0) if unbatched else output
+
+
+def _make_convolution(dimensions: int, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def convolution(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        *,
+        feedback: Feedback,
+    ) -> Tensor:
+        if not _sends_error(input):
+            return plain(input, weight, bias, stride, padding, dilation, groups)
+        return _convolve(dimensions, input, weight, bias, feedback, stride, padding, dilation, groups)
+
+    return _document(convolution, plain)
+
+
+def _make_transposed(dimensions: int, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def transposed_convolution(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        dilation: int | Sequence[int] = 1,
+        *,
+        feedback: Feedback,
+    ) -> Tensor:
+        if not _sends_error(input):
+            return plain(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return _convolve(
+            dimensions, input, weight, bias, feedback, stride, padding, dilation, groups, True, output_padding
+        )
+
+    return _document(transposed_convolution, plain)
+
+
+def _document(function: Callable[..., Tensor], plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    function.__name__ = function.__qualname__ = plain.__name__
+    function.__doc__ = f"`torch.nn.functional.{plain.__name__}` with B in the backward pass; see `linear` for `feedback`."
+    return function
+
+
+def _sends_error(input: Tensor) -> bool:
+    return torch.is_grad_enabled() and input.requires_grad
+
+
+def _expand(value: int | Sequence[int], dimensions: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dimensions if len(values) == 1 else values
+
+
+def _resolve_padding(input: Tensor, weight: Tensor, padding: str, dilation: list[int]) -> tuple[Tensor, list[int]]:
+    """Numeric padding for "valid" and "same"; what "same" needs on one side only is padded here, as torch does."""
+    if padding == "valid":
+        return input, [0] * len(dilation)
+    if padding != "same":
+        raise ValueError(f"padding must be 'valid', 'same' or numbers, got {padding!r}")
+    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if any(total % 2 for total in totals):
+        excess = [amount for total in reversed(totals) for amount in (0, total % 2)]
+        input = F.pad(input, excess)
+    return input, [total // 2 for total in totals]
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast as autocast would: inside an autograd function it no longer could record the casts."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype in _AUTOCAST_FROM else t for t in tensors)
+
+
+_AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
+
+conv1d = _make_convolution(1, F.conv1d)
+conv2d = _make_convolution(2, F.conv2d)
+conv3d = _make_convolution(3, F.conv3d)
+conv_transpose1d = _make_transposed(1, F.conv_transpose1d)
+conv_transpose2d = _make_transposed(2, F.conv_transpose2d)
+conv_transpose3d = _make_transposed(3, F.conv_transpose3d)
+
+ROUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.linear: linear,
+    F.conv1d: conv1d,
+    F.conv2d: conv2d,
+    F.conv3d: conv3d,
+    F.conv_transpose1d: conv_transpose1d,
+    F.conv_transpose2d: conv_transpose2d,
+    F.conv_transpose3d: conv_transpose3d,
+}
+"""Every torch function with a weight that the core replaces; keys and values take the same arguments, plus `feedback`."""

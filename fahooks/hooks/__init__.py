@@ -1,0 +1,1 @@
+"""Weight constraints and gradient transforms that attach to a torch optimizer."""
