@@ -1,0 +1,56 @@
+# make demo and make test do all set-up on a machine with python3, its venv module, and make.
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+# One thread a process: the tests run side by side, and more threads than cores make them slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+.PHONY: help demo test test-slow lint clean
+
+help:
+	@echo "make demo       create $(VENV), install fahooks, run its quickstart"
+	@echo "make test       create $(VENV), install fahooks and what its tests need, run every test that is not slow"
+	@echo "make test-slow  the same for the slow tests"
+	@echo "make lint       ruff and pyright"
+	@echo "make clean      remove $(VENV) and everything else that was built"
+
+demo: $(VENV)/installed
+	@echo "== Running the quickstart: $(BIN)/fahooks quickstart"
+	$(BIN)/fahooks quickstart
+
+test: $(VENV)/installed-dev
+	@echo "== Running the tests on $(WORKERS) workers; those on real data look under FAHOOKS_DATA ($${FAHOOKS_DATA:-not set: they are skipped})"
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/installed-dev
+	@echo "== Running the slow tests on $(WORKERS) workers"
+	$(PYTEST) -m slow
+
+lint: $(VENV)/installed-dev
+	@echo "== Checking style, format and types: ruff, pyright"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+$(VENV)/created:
+	@echo "== Creating the virtual environment $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "fahooks needs Python 3.11, 3.12 or 3.13: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	@touch $@
+
+$(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
+	@echo "== Installing fahooks into $(VENV), with the tested versions of constraints.txt"
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/created pyproject.toml constraints.txt
+	@echo "== Installing fahooks and what its tests need into $(VENV), with the tested versions of constraints.txt"
+	$(INSTALL) --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist fahooks.egg-info .pytest_cache .ruff_cache .hypothesis

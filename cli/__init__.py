@@ -1,0 +1,87 @@
+"""The `fahooks` command: a group whose commands are imported only when they run."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+import click
+
+from fahooks.plugins import InputError, PluginWarning, near
+
+# Name -> module and the line that `fahooks --help` prints; importing the commands to ask them would take seconds.
+COMMANDS = {
+    "convert": ("fahooks.cli.convert", "Convert a model to feedback alignment and verify it."),
+    "ls": ("fahooks.cli.ls", "List what has a name: rules, models, recipes, datasets and more."),
+    "quickstart": ("fahooks.cli.train", "Train three rules on real digits in about a minute."),
+    "train": ("fahooks.cli.train", "Train a recipe."),
+}
+
+
+class Refusal(click.ClickException):
+    """What the user gave is wrong: printed as `fahooks: <message>`, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        """Print the message on stderr."""
+        click.echo(f"fahooks: {self.message}", file=file, err=True)
+
+
+class LazyGroup(click.Group):
+    """A group that imports the module of a command when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All command names, sorted."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command `cmd_name`; None where there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _ = COMMANDS[cmd_name]
+        return getattr(importlib.import_module(module), cmd_name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that `args` begin with.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            raise InputError(f"no command is named {args[0]!r}{near(args[0], COMMANDS)}; `fahooks --help` lists all")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands and their one-line summaries without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an `InputError` ends it with one line and exit code 2."""
+        with warnings.catch_warnings():
+            _print_plugin_warnings()
+            try:
+                return super().invoke(ctx)
+            except InputError as error:
+                raise Refusal(str(error)) from error
+
+
+def _print_plugin_warnings() -> None:
+    """Print a skipped plugin as one line, without the source line that Python's own format adds."""
+    show_others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if issubclass(category, PluginWarning):
+            click.echo(f"fahooks: warning: {message}", err=True)
+        else:
+            show_others(message, category, *args, **kwargs)
+
+    warnings.showwarning = show
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fahooks", prog_name="fahooks", message="%(prog)s %(version)s")
+def main() -> None:
+    """Feedback alignment for any PyTorch or timm model."""
