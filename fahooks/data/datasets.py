@@ -1,0 +1,141 @@
+"""Datasets by name, held as uint8 tensors."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fahooks.data.order import shuffled
+from fahooks.plugins import InputError, datasets
+
+if TYPE_CHECKING:
+    from torchvision.datasets import MNIST
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images.
+
+    Arguments:
+        pixels: uint8 [N, C, H, W].
+        labels: int64 [N].
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> Images:
+        return Images(self.pixels[index], self.labels[index])
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel over all pixels, float32 [C] each, in units of 0 to 255."""
+        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in self.pixels.transpose(0, 1)]).double()
+        counts /= counts.sum(1, keepdim=True)
+        levels = torch.arange(256, dtype=torch.float64)
+        mean = counts @ levels
+        variance = counts @ levels**2 - mean**2
+        return mean.float(), variance.sqrt().float()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset in memory.
+
+    Arguments:
+        name: what it is registered as.
+        train: the images to learn from; a validation split is taken out of these.
+        test: the images that only the finished model sees.
+        classes: the number of classes.
+    """
+
+    name: str
+    train: Images
+    test: Images
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of an image."""
+        channels, height, width = self.train.pixels.shape[1:]
+        return channels, height, width
+
+
+def default_root() -> str:
+    """Where datasets live unless a recipe says otherwise: the environment variable FAHOOKS_DATA, else ~/data."""
+    return os.environ.get("FAHOOKS_DATA") or "~/data"
+
+
+def load(name: str, *, root: str | Path, download: bool) -> Dataset:
+    """Load a registered dataset.
+
+    Arguments:
+        name: its registered name.
+        root: the folder that holds datasets on disk.
+        download: fetch the files where they are missing.
+
+    Raises:
+        InputError: the name is unknown, or the files are neither there nor to be had; the message says where they belong.
+    """
+    return datasets.get(name).build(root=Path(root).expanduser(), download=download)
+
+
+@datasets.register("digits", summary="1,797 real handwritten digits, 8x8, that scikit-learn ships: no download", paper="Alpaydin, Kaynak 1998")
+def digits(*, root: Path, download: bool) -> Dataset:
+    """scikit-learn's handwritten digits, 8x8 and gray: a fixed 1,437 to train and 360 to test.
+
+    Arguments:
+        root: not read, since the images come with scikit-learn.
+        download: not read.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    everything = Images(pixels, torch.from_numpy(bunch.target).long())
+    order = shuffled(len(everything), "digits")
+    return Dataset("digits", everything[order[:1437]], everything[order[1437:]], classes=10)
+
+
+@datasets.register("mnist", summary="70,000 handwritten digits, 28x28", paper="LeCun, Bottou, Bengio, Haffner 1998")
+def mnist(*, root: Path, download: bool) -> Dataset:
+    """MNIST through torchvision: 60,000 to train, 10,000 to test, read from ROOT/MNIST/raw."""
+    from torchvision.datasets import MNIST
+
+    return _from_torchvision("mnist", MNIST, root, download)
+
+
+@datasets.register("fashion_mnist", summary="70,000 articles of clothing, 28x28", paper="Xiao, Rasul, Vollgraf 2017")
+def fashion_mnist(*, root: Path, download: bool) -> Dataset:
+    """Fashion-MNIST through torchvision: 60,000 to train, 10,000 to test, read from ROOT/FashionMNIST/raw."""
+    from torchvision.datasets import FashionMNIST
+
+    return _from_torchvision("fashion_mnist", FashionMNIST, root, download)
+
+
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def _from_torchvision(name: str, source: type[MNIST], root: Path, download: bool) -> Dataset:
+    raw = root / source.__name__ / "raw"
+    found = all((raw / file).is_file() for file in FILES)
+    places = f"put {FILES[0]}, {', '.join(FILES[1:])} into {raw}"
+    if not found and not download:
+        raise InputError(f"{name} is not at {raw / FILES[0]}: {places}, set data.root, or allow the download with data.download=true")
+    try:
+        parts = [source(str(root), train=train, download=not found) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        problem = "can not be read" if found else f"is not at {raw / FILES[0]} and could not be downloaded"
+        raise InputError(f"{name} {problem} ({reason}): {places} (unpacked, or as .gz with data.download=true), or set data.root") from error
+    except (ValueError, AssertionError, TypeError) as error:
+        raise InputError(f"{name} in {raw} can not be read, a file there is damaged: replace it ({places})") from error
+    train, test = (Images(part.data.unsqueeze(1), part.targets.long()) for part in parts)
+    return Dataset(name, train, test, classes=10)

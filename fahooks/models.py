@@ -1,0 +1,222 @@
+"""Models by name: the paper's networks, anything registered, timm's, torchvision's, and factories in a file.
+
+Weights are never downloaded: every model comes freshly initialised from torch's global generator.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fahooks.plugins import InputError, UnknownName, models, near
+
+PAPER = "Moskovitz, Litwin-Kumar, Abbott 2018, https://arxiv.org/abs/1812.06488"
+
+
+def fan_in_(model: nn.Module) -> None:
+    """Draw the weights of every linear and convolutional layer from N(0, 1/N_in) and set the biases to zero.
+
+    N_in is the number of connections into a unit: channels per group times kernel area (Moskovitz et al. 2018, section 5.1).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+@models.register("paper/mnist", summary="the paper's MNIST network (Supplementary Table 2): two 5x5 convolutions, 1024 dense", paper=PAPER)
+class PaperMnist(nn.Module):
+    """The MNIST network of Moskovitz et al. 2018, Supplementary Table 2: images [N, C, H, W] to logits [N, classes].
+
+    Arguments:
+        init: "fan_in" draws weights from N(0, 1/N_in) and zeroes biases, section 5.1; "default" keeps torch's initialisation.
+        in_channels: channels C of an image.
+        image_size: height H and width W of an image, at least 4; the paper's is 28.
+        classes: the number of classes.
+
+    Raises:
+        InputError: the image is too small for two 2x2 poolings.
+    """
+
+    def __init__(
+        self,
+        *,
+        init: Literal["fan_in", "default"] = "fan_in",
+        in_channels: int = 1,
+        image_size: int = 28,
+        classes: int = 10,
+    ) -> None:
+        super().__init__()
+        if image_size < 4:
+            raise InputError(f"paper/mnist pools twice by 2 and needs images of at least 4x4 pixels, not image_size={image_size}")
+        self.input_size = (in_channels, image_size, image_size)
+        self.conv1 = nn.Conv2d(in_channels, 32, kernel_size=5, padding=2)
+        self.conv2 = nn.Conv2d(32, 64, kernel_size=5, padding=2)
+        self.dense = nn.Linear(64 * (image_size // 4) ** 2, 1024)
+        self.dropout = nn.Dropout(0.5)
+        self.output = nn.Linear(1024, classes)
+        if init == "fan_in":
+            fan_in_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes] of images [N, C, H, W]."""
+        x = torch.max_pool2d(torch.relu(self.conv1(x)), 2)
+        x = torch.max_pool2d(torch.relu(self.conv2(x)), 2)
+        x = torch.relu(self.dense(x.flatten(1)))
+        return self.output(self.dropout(x))
+
+
+def build(spec: str, **options: Any) -> nn.Module:
+    """Make the model that `spec` names, with random weights.
+
+    Arguments:
+        spec: a registered name, `timm/NAME`, `torchvision/NAME`, or `path/to/file.py:factory`.
+        options: keyword arguments of that model.
+
+    Raises:
+        InputError: the name, the file, the factory or an option is unknown, or the model refuses its options.
+    """
+    target = _resolve(spec)
+    try:
+        model = target(**options)
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = ", ".join(f"{k}={v!r}" for k, v in options.items()) or "no options"
+        raise InputError(f"model {spec!r} could not be built with {given}: {type(error).__name__}: {_one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{spec!r} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def build_for_images(spec: str, shape: tuple[int, int, int], classes: int, **options: Any) -> nn.Module:
+    """Make the model that `spec` names for images of `shape` (C, H, W) and `classes` classes; what `options` says comes first.
+
+    Raises:
+        InputError: as `build`.
+    """
+    channels, height, _ = shape
+    source = spec.partition("/")[0]
+    if spec in models:
+        fitting = {"in_channels": channels, "image_size": height, "classes": classes}
+        fitting = {k: v for k, v in fitting.items() if k in models.get(spec).options}
+    elif source == "timm":
+        fitting = {"in_chans": channels, "num_classes": classes}
+    elif source == "torchvision":
+        fitting = {"num_classes": classes}
+    else:
+        fitting = {}
+    return build(spec, **(fitting | options))
+
+
+def check(spec: str) -> None:
+    """Do nothing if `spec` names a model that is registered, in timm or in torchvision.
+
+    Raises:
+        UnknownName: it does not; the message has the names that came close.
+    """
+    if ".py:" in spec:
+        raise UnknownName(f"{spec!r} is a file: only registered models, timm/NAME and torchvision/NAME can be named here")
+    _resolve(spec)
+
+
+def input_size(model: nn.Module, spec: str) -> tuple[int, ...]:
+    """The shape of one example input, without the batch: (C, H, W).
+
+    Arguments:
+        model: what `build(spec)` returned.
+        spec: the name it was built from.
+
+    Raises:
+        InputError: the model does not say.
+    """
+    own = getattr(model, "input_size", None)
+    source, _, name = spec.partition("/")
+    if own is not None:
+        return tuple(own)
+    if source == "timm" and "input_size" in getattr(model, "pretrained_cfg", {}):
+        return tuple(getattr(model, "pretrained_cfg")["input_size"])  # noqa: B009 (nn.Module hides the attribute's type)
+    if source == "torchvision" and name in _torchvision().list_models(module=_torchvision()):
+        side = 299 if name == "inception_v3" else getattr(model, "image_size", 224)
+        return (3, side, side)
+    raise InputError(f"the input shape of {spec!r} is not known: give the model an attribute, model.input_size = (channels, height, width)")
+
+
+def _resolve(spec: str) -> Callable[..., Any]:
+    if ".py:" in spec:
+        return _factory(spec)
+    if spec in models:
+        return models.get(spec).build
+    source, _, name = spec.partition("/")
+    if source == "timm" and name:
+        return _from_timm(name)
+    if source == "torchvision" and name:
+        return _from_torchvision(name)
+    known = [*models.names(), *(f"timm/{n}" for n in _timm_names(spec)), *(f"torchvision/{n}" for n in _torchvision().list_models())]
+    raise UnknownName(
+        f"no model is named {spec!r}{near(spec, known)}; `fahooks ls models` lists the registered ones, "
+        "and timm/NAME, torchvision/NAME and path/to/file.py:factory work too"
+    )
+
+
+def _from_timm(name: str) -> Callable[..., nn.Module]:
+    import timm
+
+    if not timm.is_model(name):
+        raise UnknownName(f"timm has no model named {name!r}{near(name, timm.list_models())}; timm.list_models() lists all")
+    return lambda **options: timm.create_model(name, pretrained=False, **options)
+
+
+def _from_torchvision(name: str) -> Callable[..., nn.Module]:
+    known = _torchvision().list_models()
+    if name not in known:
+        raise UnknownName(
+            f"torchvision has no model named {name!r}{near(name, known)}; torchvision.models.list_models() lists all"
+        )
+    if "weights_backbone" in _torchvision().get_model_builder(name).__kwdefaults__:
+        return lambda **options: _torchvision().get_model(name, weights=None, weights_backbone=None, **options)
+    return lambda **options: _torchvision().get_model(name, weights=None, **options)
+
+
+def _timm_names(spec: str) -> list[str]:
+    import timm
+
+    return timm.list_models()
+
+
+def _torchvision() -> ModuleType:
+    import torchvision.models
+
+    return torchvision.models
+
+
+def _factory(spec: str) -> Callable[..., Any]:
+    path, _, name = spec.rpartition(":")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise InputError(f"there is no file {path!r} to take {name!r} from")
+    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    if module_spec is None or module_spec.loader is None:
+        raise InputError(f"{path!r} can not be imported as Python")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"importing {path!r} failed: {type(error).__name__}: {_one_line(error)}") from error
+    target = getattr(module, name, None)
+    if not callable(target):
+        offered = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise InputError(f"{path!r} has no function {name!r}{near(name, offered)}")
+    return target
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,158 @@
+"""Probes: how the learning signals that the rules send compare with the true gradient, layer by layer.
+
+The learning signal of a layer u = Wx + b is delta = dJ/du, what its weights learn from. With rules on it is an approximation
+of the true gradient; the angle between the two is what Figure 3 of Moskovitz et al. 2018 shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fahooks.plugins import InputError
+from fahooks.surgery import CONVERTIBLE, backprop, feedback_layers
+
+
+class Probe:
+    """What `probe` yields. Each mapping goes from a layer's qualified name, in model order, to its last measurement.
+
+    Attributes:
+        angle: degrees between the layer's learning signal and the true gradient at its output, both flattened over the whole
+            batch: 0 is the true gradient, 90 is orthogonal. NaN where either is zero.
+        norm_ratio: L2 norm of the learning signal over that of the true gradient.
+        weight_angle: degrees between the gradients that the layer's weight gets.
+        sign_flips: fraction of the layer's weights whose sign differs from what it was when the probe started.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = dict(model.named_modules())
+        converted = feedback_layers(model)
+        self.model = model
+        self.layers = {name: m for name, m in layers.items() if isinstance(m, CONVERTIBLE) or name in converted}
+        if not self.layers:
+            raise InputError("nothing to probe: the model has no linear or convolution layer")
+        self.signs = {name: weight.detach().sign() for name, weight in self._weights().items()}
+        self.angle: dict[str, float] = {}
+        self.norm_ratio: dict[str, float] = {}
+        self.weight_angle: dict[str, float] = {}
+        self.sign_flips: dict[str, float] = {}
+
+    def measure(self, loss: Callable[[], Tensor]) -> None:
+        """Run `loss` twice, with rules on and off, at the same random numbers, and compare what reaches each layer.
+
+        Parameters' `.grad`, the random number generators, and buffers such as running statistics are left as they were.
+
+        Arguments:
+            loss: runs the model on one batch and returns the scalar loss.
+
+        Raises:
+            InputError: the loss is no scalar that depends on the model.
+        """
+        signals, gradients = self._signals(loss)
+        with backprop(self.model):
+            true_signals, true_gradients = self._signals(loss)
+        called = [name for name in self.layers if name in signals and name in true_signals]
+        self.angle = {name: degrees(signals[name], true_signals[name]) for name in called}
+        self.norm_ratio = {name: _ratio(signals[name], true_signals[name]) for name in called}
+        self.weight_angle = {name: degrees(gradients[name], true_gradients[name]) for name in gradients if name in true_gradients}
+        self.sign_flips = {
+            name: (weight.detach().sign() != self.signs[name]).double().mean().item() for name, weight in self._weights().items()
+        }
+
+    def _weights(self) -> dict[str, Tensor]:
+        weights = {name: getattr(layer, "weight", None) for name, layer in self.layers.items()}
+        return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+
+    def _signals(self, loss: Callable[[], Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradient at every layer's output, and of every layer's weight, each flattened to one vector."""
+        received: dict[str, list[Tensor]] = {}
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        with _as_found(self.model), _listening(self.layers, received), torch.enable_grad():
+            value = loss()
+            if value.numel() != 1 or not value.requires_grad:
+                raise InputError(
+                    f"a probe needs a scalar loss that depends on the model's weights, got shape {tuple(value.shape)}, "
+                    f"requires_grad={value.requires_grad}"
+                )
+            by_parameter = torch.autograd.grad(value, parameters, allow_unused=True)
+        found = {id(p): g for p, g in zip(parameters, by_parameter, strict=True) if g is not None}
+        weights = {name: found[id(w)].flatten() for name, w in self._weights().items() if id(w) in found}
+        return {name: torch.cat(parts) for name, parts in received.items()}, weights
+
+
+@contextmanager
+def probe(model: nn.Module) -> Iterator[Probe]:
+    """Measure the learning signals of `model`, converted or not.
+
+        with fahooks.probe(model) as p:
+            for x, y in batches:
+                ...                                                  # your training step
+                p.measure(lambda: cross_entropy(model(x), y))
+                print(p.angle["conv1"], p.norm_ratio["conv1"], p.sign_flips["conv1"])
+
+    Costs two forward and backward passes a measurement and nothing between measurements.
+
+    Raises:
+        InputError: the model has no layer to probe.
+    """
+    yield Probe(model)
+
+
+def degrees(a: Tensor, b: Tensor) -> float:
+    """The angle between two tensors seen as vectors, in degrees, 0 to 180; NaN where either is zero.
+
+    Accurate near 0 too, where the arc cosine is not (Kahan's formula); equal tensors give exactly 0.
+    """
+    a, b = a.double().flatten(), b.double().flatten()
+    norms = a.norm(), b.norm()
+    if not (norms[0] > 0 and norms[1] > 0):
+        return math.nan
+    a, b = a / norms[0], b / norms[1]
+    return math.degrees(2 * math.atan2((a - b).norm().item(), (a + b).norm().item()))
+
+
+def _ratio(a: Tensor, b: Tensor) -> float:
+    divisor = b.double().norm().item()
+    return a.double().norm().item() / divisor if divisor else math.nan
+
+
+@contextmanager
+def _listening(layers: dict[str, nn.Module], received: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Collect the gradient at the output of each layer, of all its calls.
+
+    A hook on the output tensor, not on the module: it sees the gradient at u even where an activation then overwrites u.
+    """
+
+    def listener(name: str) -> Callable[..., None]:
+        def listen(module: nn.Module, inputs: object, output: object) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda grad: received.setdefault(name, []).append(grad.detach().flatten()))
+
+        return listen
+
+    handles = [layer.register_forward_hook(listener(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Put random number generators and buffers back afterwards."""
+    gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    before = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    with torch.random.fork_rng(devices=gpus), torch.no_grad():
+        try:
+            yield
+        finally:
+            for module, name, buffer, value in before:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

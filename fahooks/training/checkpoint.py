@@ -1,0 +1,91 @@
+"""Checkpoints: everything that a run needs to go on, and the best weights alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+from fahooks.plugins import InputError
+from fahooks.surgery import feedback_layers
+
+VERSION = 1
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        epoch: finished epochs.
+        step: optimizer steps taken.
+        best_epoch: the epoch with the lowest validation error, the first one where several tie; 0 before any.
+        best_error: that error, in percent.
+        seconds: time spent so far, over all sittings.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int = 0
+    best_error: float = float("inf")
+    seconds: float = 0.0
+
+
+def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, progress: Progress) -> None:
+    """Write a checkpoint atomically, random number generators included."""
+    state = {
+        "version": VERSION,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "progress": vars(progress),
+        "rng": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> Progress:
+    """Read a checkpoint back into the objects of a run, random number generators included.
+
+    Raises:
+        InputError: the file is damaged or of another version.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"checkpoint {str(path)!r} can not be read ({type(error).__name__}): start the run anew") from error
+    if state.get("version") != VERSION:
+        raise InputError(f"checkpoint {str(path)!r} has version {state.get('version')}, this is for version {VERSION}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    torch.set_rng_state(state["rng"])
+    if state["rng_cuda"] and len(state["rng_cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["rng_cuda"])
+    return Progress(**state["progress"])
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write the model's own weights, without rules' state, as safetensors, atomically: a plain model loads them."""
+    rules = tuple(f"{name}.feedback." if name else "feedback." for name in feedback_layers(model))
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(rules)}
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(to_safetensors({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}))
+    os.replace(partial, path)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Read what `save_weights` wrote into a model, converted or plain."""
+    model.load_state_dict(load_file(path))

@@ -1,0 +1,200 @@
+"""The run directory: what a run leaves on disk, enough to re-run, resume and report it.
+
+recipe.yaml as given, resolved.yaml with every default, env.json, layers.json (the conversion report), metrics.jsonl, summary.csv
+(a row an epoch), tb/ for TensorBoard, checkpoint.pt, best.safetensors, status.json.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fahooks.plugins import InputError
+from fahooks.recipe import Recipe, Source, load
+
+COLUMNS = (
+    "epoch", "step", "lr", "train_loss", "train_error", "validation_loss", "validation_error", "test_error",
+    "images_per_second", "seconds",
+)  # fmt: skip
+
+
+class RunDirectory:
+    """The files of one run.
+
+    Arguments:
+        path: an existing folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoint.pt"
+        self.best = path / "best.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tb"
+
+    @classmethod
+    def create(cls, recipe: Recipe, source: Source, *, out: Path | None, overrides: Sequence[str] = ()) -> RunDirectory:
+        """Make a fresh one and write what is known before training.
+
+        Arguments:
+            recipe: what will run.
+            source: its text as given.
+            out: where; by default runs/<recipe name>-<n> with the first n that is free.
+            overrides: what `--set` changed.
+
+        Raises:
+            InputError: `out` holds something already or can not be written.
+        """
+        run = cls(fresh_directory(out, recipe.name))
+        run.write("recipe.yaml", source.text)
+        run.write("resolved.yaml", recipe.as_yaml())
+        run.write("env.json", _json(_environment(source, overrides)))
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path) -> tuple[RunDirectory, Recipe]:
+        """An interrupted run and its recipe.
+
+        Raises:
+            InputError: no run is there, or it is finished.
+        """
+        resolved = path / "resolved.yaml"
+        if not resolved.is_file():
+            raise InputError(f"{str(path)!r} is no run directory: it has no resolved.yaml")
+        run = cls(path)
+        if run.read_status().get("state") == "finished":
+            raise InputError(f"the run in {str(path)!r} is finished: there is nothing to resume")
+        return run, load(Source(str(resolved), resolved.read_text(encoding="utf-8"), path))
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file atomically: a reader, or a crash, sees the old one or the new one."""
+        partial = self.path / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.path / name)
+
+    def status(self, state: str, **details: Any) -> None:
+        """Record whether the run is running, finished, interrupted or failed, and what goes with it."""
+        self.write("status.json", _json({"state": state, "time": _now(), **details}))
+
+    def read_status(self) -> dict[str, Any]:
+        """What `status` recorded last; empty where nothing is."""
+        file = self.path / "status.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def layers(self, report: Mapping[str, Any]) -> None:
+        """Write the conversion report."""
+        self.write("layers.json", _json(report))
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Append a line to metrics.jsonl; not-a-number becomes null, which JSON can say."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **_finite(values)}) + "\n")
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl of one kind, in order."""
+        return [row for row in self._rows() if row["kind"] == kind]
+
+    def trim(self, epochs: int) -> None:
+        """Forget what was logged after epoch `epochs`: a resumed run writes it again."""
+        kept = [row for row in self._rows() if row.get("epoch", 0) <= epochs and row["kind"] != "test"]
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        self.summarise()
+
+    def summarise(self) -> None:
+        """Write summary.csv, a row an epoch; the test error stands in the rows of the epochs that were tested."""
+        tested = {row["epoch"]: row["test_error"] for row in self.rows("test")}
+        text = io.StringIO()
+        table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows({**row, "test_error": tested.get(row["epoch"], "")} for row in self.rows("epoch"))
+        self.write("summary.csv", text.getvalue())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        # What follows the last newline was cut off by a crash.
+        return [json.loads(line) for line in lines[:-1]]
+
+
+def fresh_directory(out: Path | None, name: str) -> Path:
+    """Make the folder `out`, new or empty, or where it is None runs/<name>-<n> with the first n that is free.
+
+    Raises:
+        InputError: `out` holds something already or can not be written.
+    """
+    try:
+        return _numbered(Path("runs"), name) if out is None else _claimed(out)
+    except OSError as error:
+        raise InputError(f"the folder {str(out or Path('runs') / name)!r} can not be made: {error.strerror}") from error
+
+
+def _numbered(parent: Path, name: str) -> Path:
+    number = 1
+    while True:
+        path = parent / f"{name}-{number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def _claimed(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--out {str(path)!r} is a file: name a folder that is new or empty")
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise InputError(f"--out {str(path)!r} is not writable")
+    if any(path.iterdir()):
+        raise InputError(f"--out {str(path)!r} is not empty: name a new folder, or go on with `fahooks train --resume {path}`")
+    return path
+
+
+def _environment(source: Source, overrides: Sequence[str]) -> dict[str, Any]:
+    return {
+        "time": _now(),
+        "recipe": source.label,
+        "overrides": list(overrides),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in ("fahooks", "torch", "torchvision", "timm", "numpy")},
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
