@@ -1,6 +1,7 @@
 """fahooks: feedback alignment for any PyTorch model."""
 
 from fahooks.adapters import register_adapter as register_adapter
+from fahooks.audit import audit as audit
 from fahooks.rules import Rule as Rule
 from fahooks.rules import list_rules as list_rules
 from fahooks.rules import register_rule as register_rule

@@ -26,3 +26,24 @@ def multihead_attention(module: nn.MultiheadAttention) -> Sequence[str]:
     if module._qkv_same_embed_dim:
         return ["in_proj_weight", "out_proj.weight"]
     return ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
+
+
+@register_adapter("timm.models.beit.Attention")
+@register_adapter("timm.models.eva.EvaAttention")
+@register_adapter("timm.models.swin_transformer_v2.WindowAttention")
+def packed_projection(module: nn.Module) -> Sequence[str]:
+    """The packed projection, called with a bias put together from those of queries and values; absent where it is split."""
+    return ["qkv.weight"] if getattr(module, "qkv", None) is not None else []
+
+
+@register_adapter("torchvision.models.swin_transformer.ShiftedWindowAttention")
+@register_adapter("torchvision.models.video.swin_transformer.ShiftedWindowAttention3d")
+def window_attention(module: nn.Module) -> Sequence[str]:
+    """The packed projection and the output projection, handed to a function."""
+    return ["qkv.weight", "proj.weight"]
+
+
+@register_adapter("timm.models.naflexvit.NaFlexEmbeds")
+def patch_projection(module: nn.Module) -> Sequence[str]:
+    """The patch projection, handed to the interpolator of patch sizes."""
+    return ["proj.weight"]

@@ -34,15 +34,22 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grad_rows = grad_output.reshape(-1, grad_output.shape[-1])
+        rows, grad_rows = input.reshape(-1, input.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_weight = grad_bias = None
         if needs_input:
-            grad_input = (grad_rows @ feedback_matrix(ctx.feedback, weight)).view(input.shape)
+            grad_input = _product(grad_rows, feedback_matrix(ctx.feedback, weight), like=rows).reshape(input.shape)
         if needs_weight:
-            grad_weight = grad_rows.t() @ input.reshape(-1, input.shape[-1])
+            grad_weight = _product(rows.t(), grad_rows, like=weight.t()).t()
         if needs_bias:
             grad_bias = grad_rows.sum(0)
         return grad_input, grad_weight, grad_bias, None
+
+
+def _product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
+    """left @ right in the memory layout of `like`, whose gradient it is: as torch does it, to the last bit."""
+    if like.stride(0) == 1 and like.stride(1) == like.shape[0]:
+        return (right.t() @ left.t()).t()
+    return left @ right
 
 
 class _Convolution(torch.autograd.Function):
@@ -63,9 +70,7 @@ class _Convolution(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         # The weight gradient does not read the weight slot, so that one call with B in it yields all three gradients.
         matrix = feedback_matrix(ctx.feedback, weight) if needed[0] else weight
-        gradients = torch.ops.aten.convolution_backward.default(
-            grad_output, input, matrix, ctx.bias_sizes, *ctx.settings, needed
-        )
+        gradients = torch.ops.aten.convolution_backward.default(grad_output, input, matrix, ctx.bias_sizes, *ctx.settings, needed)
         return *gradients, None, None
 
 
@@ -114,14 +119,14 @@ def _convolve(
     transposed: bool = False,
     output_padding: int | Sequence[int] = 0,
 ) -> Tensor:
-    dilation = _expand(dilation, dimensions)
+    stride, dilation = _expand(stride, dimensions), _expand(dilation, dimensions)
     if isinstance(padding, str):
-        input, padding = _resolve_padding(input, weight, padding, dilation)
+        input, padding = _resolve_padding(input, weight, padding, stride, dilation)
     unbatched = input.dim() == dimensions + 1
     if unbatched:
         input = input.unsqueeze(0)
     settings = (
-        _expand(stride, dimensions),
+        stride,
         _expand(padding, dimensions),
         dilation,
         transposed,
@@ -166,9 +171,7 @@ def _make_transposed(dimensions: int, plain: Callable[..., Tensor]) -> Callable[
     ) -> Tensor:
         if not _sends_error(input):
             return plain(input, weight, bias, stride, padding, output_padding, groups, dilation)
-        return _convolve(
-            dimensions, input, weight, bias, feedback, stride, padding, dilation, groups, True, output_padding
-        )
+        return _convolve(dimensions, input, weight, bias, feedback, stride, padding, dilation, groups, True, output_padding)
 
     return _document(transposed_convolution, plain)
 
@@ -188,12 +191,16 @@ def _expand(value: int | Sequence[int], dimensions: int) -> list[int]:
     return values * dimensions if len(values) == 1 else values
 
 
-def _resolve_padding(input: Tensor, weight: Tensor, padding: str, dilation: list[int]) -> tuple[Tensor, list[int]]:
+def _resolve_padding(
+    input: Tensor, weight: Tensor, padding: str, stride: list[int], dilation: list[int]
+) -> tuple[Tensor, list[int]]:
     """Numeric padding for "valid" and "same"; what "same" needs on one side only is padded here, as torch does."""
     if padding == "valid":
         return input, [0] * len(dilation)
     if padding != "same":
         raise ValueError(f"padding must be 'valid', 'same' or numbers, got {padding!r}")
+    if any(step != 1 for step in stride):
+        raise ValueError(f"padding='same' needs stride 1, got stride {tuple(stride)}: give the padding in numbers")
     totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     if any(total % 2 for total in totals):
         excess = [amount for total in reversed(totals) for amount in (0, total % 2)]
@@ -204,7 +211,7 @@ def _resolve_padding(input: Tensor, weight: Tensor, padding: str, dilation: list
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast as autocast would: inside an autograd function it no longer could record the casts."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in _AUTOCAST_FROM else t for t in tensors)

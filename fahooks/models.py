@@ -6,11 +6,14 @@ Weights are never downloaded: every model comes freshly initialised from torch's
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +35,9 @@ def fan_in_(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-@models.register("paper/mnist", summary="the paper's MNIST network (Supplementary Table 2): two 5x5 convolutions, 1024 dense", paper=PAPER)
+@models.register(
+    "paper/mnist", summary="the paper's MNIST network (Supplementary Table 2): two 5x5 convolutions, 1024 dense", paper=PAPER
+)
 class PaperMnist(nn.Module):
     """The MNIST network of Moskovitz et al. 2018, Supplementary Table 2: images [N, C, H, W] to logits [N, classes].
 
@@ -74,7 +79,7 @@ class PaperMnist(nn.Module):
         return self.output(self.dropout(x))
 
 
-def build(spec: str, **options: Any) -> nn.Module:
+def build(spec: str, /, **options: Any) -> nn.Module:
     """Make the model that `spec` names, with random weights.
 
     Arguments:
@@ -89,7 +94,7 @@ def build(spec: str, **options: Any) -> nn.Module:
         model = target(**options)
     except InputError:
         raise
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (Exception, SystemExit) as error:  # a factory is code of others: it may raise anything, or call sys.exit
         given = ", ".join(f"{k}={v!r}" for k, v in options.items()) or "no options"
         raise InputError(f"model {spec!r} could not be built with {given}: {type(error).__name__}: {_one_line(error)}") from error
     if not isinstance(model, nn.Module):
@@ -97,7 +102,7 @@ def build(spec: str, **options: Any) -> nn.Module:
     return model
 
 
-def build_for_images(spec: str, shape: tuple[int, int, int], classes: int, **options: Any) -> nn.Module:
+def build_for_images(spec: str, shape: tuple[int, int, int], classes: int, /, **options: Any) -> nn.Module:
     """Make the model that `spec` names for images of `shape` (C, H, W) and `classes` classes; what `options` says comes first.
 
     Raises:
@@ -143,11 +148,13 @@ def input_size(model: nn.Module, spec: str) -> tuple[int, ...]:
     if own is not None:
         return tuple(own)
     if source == "timm" and "input_size" in getattr(model, "pretrained_cfg", {}):
-        return tuple(getattr(model, "pretrained_cfg")["input_size"])  # noqa: B009 (nn.Module hides the attribute's type)
+        return tuple(cast(Any, model).pretrained_cfg["input_size"])
     if source == "torchvision" and name in _torchvision().list_models(module=_torchvision()):
         side = 299 if name == "inception_v3" else getattr(model, "image_size", 224)
         return (3, side, side)
-    raise InputError(f"the input shape of {spec!r} is not known: give the model an attribute, model.input_size = (channels, height, width)")
+    raise InputError(
+        f"the input shape of {spec!r} is not known: give the model an attribute, model.input_size = (channels, height, width)"
+    )
 
 
 def _resolve(spec: str) -> Callable[..., Any]:
@@ -160,7 +167,11 @@ def _resolve(spec: str) -> Callable[..., Any]:
         return _from_timm(name)
     if source == "torchvision" and name:
         return _from_torchvision(name)
-    known = [*models.names(), *(f"timm/{n}" for n in _timm_names(spec)), *(f"torchvision/{n}" for n in _torchvision().list_models())]
+    known = [
+        *models.names(),
+        *(f"timm/{n}" for n in _timm_names()),
+        *(f"torchvision/{n}" for n in _torchvision().list_models()),
+    ]
     raise UnknownName(
         f"no model is named {spec!r}{near(spec, known)}; `fahooks ls models` lists the registered ones, "
         "and timm/NAME, torchvision/NAME and path/to/file.py:factory work too"
@@ -181,12 +192,12 @@ def _from_torchvision(name: str) -> Callable[..., nn.Module]:
         raise UnknownName(
             f"torchvision has no model named {name!r}{near(name, known)}; torchvision.models.list_models() lists all"
         )
-    if "weights_backbone" in _torchvision().get_model_builder(name).__kwdefaults__:
+    if "weights_backbone" in inspect.signature(_torchvision().get_model_builder(name)).parameters:
         return lambda **options: _torchvision().get_model(name, weights=None, weights_backbone=None, **options)
     return lambda **options: _torchvision().get_model(name, weights=None, **options)
 
 
-def _timm_names(spec: str) -> list[str]:
+def _timm_names() -> list[str]:
     import timm
 
     return timm.list_models()
@@ -200,16 +211,20 @@ def _torchvision() -> ModuleType:
 
 def _factory(spec: str) -> Callable[..., Any]:
     path, _, name = spec.rpartition(":")
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not file.is_file():
         raise InputError(f"there is no file {path!r} to take {name!r} from")
     module_spec = importlib.util.spec_from_file_location(file.stem, file)
     if module_spec is None or module_spec.loader is None:
         raise InputError(f"{path!r} can not be imported as Python")
     module = importlib.util.module_from_spec(module_spec)
+    # As in `python file.py`: it may import what lies beside it, and dataclasses look their module up.
+    sys.modules[module_spec.name] = module
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"importing {path!r} failed: {type(error).__name__}: {_one_line(error)}") from error
     target = getattr(module, name, None)
     if not callable(target):

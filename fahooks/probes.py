@@ -35,7 +35,7 @@ class Probe:
         self.layers = {name: m for name, m in layers.items() if isinstance(m, CONVERTIBLE) or name in converted}
         if not self.layers:
             raise InputError("nothing to probe: the model has no linear or convolution layer")
-        self.signs = {name: weight.detach().sign() for name, weight in self._weights().items()}
+        self.signs = self._signs()
         self.angle: dict[str, float] = {}
         self.norm_ratio: dict[str, float] = {}
         self.weight_angle: dict[str, float] = {}
@@ -59,13 +59,14 @@ class Probe:
         self.angle = {name: degrees(signals[name], true_signals[name]) for name in called}
         self.norm_ratio = {name: _ratio(signals[name], true_signals[name]) for name in called}
         self.weight_angle = {name: degrees(gradients[name], true_gradients[name]) for name in gradients if name in true_gradients}
-        self.sign_flips = {
-            name: (weight.detach().sign() != self.signs[name]).double().mean().item() for name, weight in self._weights().items()
-        }
+        self.sign_flips = {name: (sign != self.signs[name]).double().mean().item() for name, sign in self._signs().items()}
 
-    def _weights(self) -> dict[str, Tensor]:
-        weights = {name: getattr(layer, "weight", None) for name, layer in self.layers.items()}
-        return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+    @torch.no_grad()
+    def _signs(self) -> dict[str, Tensor]:
+        """Sign of every layer's effective weight; a parametrization that computes it may draw numbers or count calls."""
+        with _as_found(self.model):
+            weights = {name: getattr(layer, "weight", None) for name, layer in self.layers.items()}
+            return {name: weight.sign() for name, weight in weights.items() if isinstance(weight, Tensor)}
 
     def _signals(self, loss: Callable[[], Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gradient at every layer's output, and of every layer's weight, each flattened to one vector."""
@@ -80,7 +81,8 @@ class Probe:
                 )
             by_parameter = torch.autograd.grad(value, parameters, allow_unused=True)
         found = {id(p): g for p, g in zip(parameters, by_parameter, strict=True) if g is not None}
-        weights = {name: found[id(w)].flatten() for name, w in self._weights().items() if id(w) in found}
+        own = {name: id(layer._parameters.get("weight")) for name, layer in self.layers.items()}
+        weights = {name: found[key].flatten() for name, key in own.items() if key in found}
         return {name: torch.cat(parts) for name, parts in received.items()}, weights
 
 
@@ -148,11 +150,12 @@ def _as_found(model: nn.Module) -> Iterator[None]:
     """Put random number generators and buffers back afterwards."""
     gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     before = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    with torch.random.fork_rng(devices=gpus), torch.no_grad():
+    with torch.random.fork_rng(devices=gpus):
         try:
             yield
         finally:
-            for module, name, buffer, value in before:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            with torch.no_grad():
+                for module, name, buffer, value in before:
+                    module._buffers[name] = buffer
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)

@@ -6,13 +6,14 @@ Whatever is wrong is reported together, each as `file:line: dotted.key: what is 
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -204,7 +205,7 @@ class Source:
     Arguments:
         label: the file, as messages name it.
         text: what it says.
-        folder: where a `base:` beside it would lie; None for text that no file holds.
+        folder: what a `base:` in it is relative to; None for the current folder.
     """
 
     label: str
@@ -281,18 +282,19 @@ def _walk(folder: Traversable, prefix: str) -> Iterator[str]:
 
 
 def _find(name: str, beside: Path | None) -> Source:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     path = path if beside is None else beside / path
     shipped = name.removesuffix(".yaml")
-    if path.is_file():
+    if os.path.isfile(path):
         try:
             return Source(str(path), path.read_text(encoding="utf-8"), path.parent)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"recipe {str(path)!r} can not be read: {error}") from error
-    known = list(_walk(resources.files("fahooks.recipes"), ""))
+    package = resources.files("fahooks.recipes")
+    known = list(_walk(package, ""))
     if shipped in known:
-        file = resources.files("fahooks.recipes").joinpath(*f"{shipped}.yaml".split("/"))
-        return Source(str(file), file.read_text(encoding="utf-8"))
+        file = package.joinpath(*f"{shipped}.yaml".split("/"))
+        return Source(str(file), file.read_text(encoding="utf-8"), Path(str(package)))
     hint = near(shipped, [k for k in known if not k.startswith("_")])
     raise InputError(f"no recipe is named {name!r}, and there is no such file{hint}; `fahooks ls recipes` lists all")
 
@@ -472,7 +474,7 @@ def _add_override(tree: _Tree, override: str) -> None:
     if not equals or not all(name.split(".")):
         tree.problem((), f"must be dotted.key=value, such as train.epochs=1 (got {override!r})", where="--set")
         return
-    key: Key = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    key = _parsed_key(tree, name)
     own = _Tree()
     value = _Reader(own, None, "--set").read(text, key)
     tree.problems += own.problems
@@ -482,6 +484,14 @@ def _add_override(tree: _Tree, override: str) -> None:
         tree.problem(key, "can only be given in a file", where="--set")
         return
     _set(tree, key, value, own.marks)
+
+
+def _parsed_key(tree: _Tree, name: str) -> Key:
+    """The parts of a dotted key; a number is the place in a list where there is a list."""
+    key: Key = ()
+    for part in name.split("."):
+        key = (*key, int(part) if part.isdecimal() and isinstance(tree.get(key), list) else part)
+    return key
 
 
 def _set(tree: _Tree, key: Key, value: Any, marks: Mapping[Key, str]) -> None:
@@ -497,19 +507,25 @@ def _set(tree: _Tree, key: Key, value: Any, marks: Mapping[Key, str]) -> None:
             del tree.marks[old]
         tree.marks |= marks
         tree.marks[key] = "--set"
-        target[last] = value
+        cast(Any, target)[last] = value
     else:
         tree.problem(key, f"there is no such key, since {_dotted(key[:-1])} is {_shown(tree.get(key[:-1]))}", where="--set")
 
 
-def _add_schema_problems(tree: _Tree, error: ValidationError, schema: type[BaseModel], at: Key) -> None:
+def _add_schema_problems(
+    tree: _Tree, error: ValidationError, schema: type[BaseModel], at: Key, unknown: str = "unknown key"
+) -> None:
     """Put what pydantic found into words, one problem a key."""
     found: dict[Key, list[str]] = {}
     for detail in error.errors():
         key = _locate(tree, detail, at)
-        found.setdefault(key, []).append(_worded(tree, detail, key, schema, at))
-    for key, words in found.items():
-        unique = list(dict.fromkeys(words))
+        if detail["type"] == "extra_forbidden":
+            words = unknown + near(str(key[-1]), _fields(tree, schema, key[:-1], at))
+        else:
+            words = _worded(detail)
+        found.setdefault(key, []).append(words)
+    for key, wordings in found.items():
+        unique = list(dict.fromkeys(wordings))
         text = " or ".join([unique[0], *(w.removeprefix("must be ") for w in unique[1:])])
         value = tree.get(key)
         got = "" if text.startswith("is missing") else f" (got {_shown(value)})"
@@ -532,12 +548,10 @@ def _locate(tree: _Tree, detail: ErrorDetails, at: Key) -> Key:
     return key
 
 
-def _worded(tree: _Tree, detail: ErrorDetails, key: Key, schema: type[BaseModel], at: Key) -> str:
+def _worded(detail: ErrorDetails) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind in ("missing", "union_tag_not_found"):
         return "is missing"
-    if kind == "extra_forbidden":
-        return "unknown key" + near(str(key[-1]), _fields(tree, schema, key[:-1], at))
     if kind == "union_tag_invalid":
         choices = re.findall(r"'([^']*)'", context["expected_tags"])
         return f"must be one of {', '.join(map(repr, choices))}" + near(str(context["tag"]), choices)
@@ -553,14 +567,14 @@ def _worded(tree: _Tree, detail: ErrorDetails, key: Key, schema: type[BaseModel]
 
 def _fields(tree: _Tree, schema: type[BaseModel], section: Key, at: Key) -> list[str]:
     """The keys that `section` may have."""
-    names: set[str] = set(schema.model_fields)
-    for part in section[len(at) :]:
-        annotation = schema.model_fields[str(part)].annotation if str(part) in schema.model_fields else None
-        kinds = [k for k in (annotation, *getattr(annotation, "__args__", ())) if inspect.isclass(k) and issubclass(k, BaseModel)]
-        chosen = tree.get((*section, "name"))
-        tagged = [k for k in kinds if chosen in getattr(k.model_fields.get("name"), "annotation", Any).__dict__.get("__args__", ())]
-        names = {name for kind in tagged or kinds for name in kind.model_fields}
-    return sorted(names)
+    inside = section[len(at) :]
+    if not inside:
+        return sorted(schema.model_fields)
+    annotation = schema.model_fields[str(inside[0])].annotation
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if inspect.isclass(kind) and issubclass(kind, BaseModel)]
+    chosen = tree.get((*section, "name"))
+    named = [kind for kind in kinds if "name" in kind.model_fields and chosen in get_args(kind.model_fields["name"].annotation)]
+    return sorted({name for kind in named or kinds for name in kind.model_fields})
 
 
 def _check_names(tree: _Tree) -> None:
@@ -585,7 +599,8 @@ def _check_feedback(tree: _Tree, key: Key, entry: Any) -> None:
     match = tree.get((*key, "match")) or "*"
     for index in range(int(key[-1])):
         if (tree.get(("feedback", index, "match")) or "*") == match:
-            tree.problem((*key, "match"), f"feedback.{index} has this pattern already, and the first match wins (got {_shown(match)})")
+            problem = f"feedback.{index} has this pattern already, and the first match wins (got {_shown(match)})"
+            tree.problem((*key, "match"), problem)
 
 
 def _check(tree: _Tree, key: Key, registry: plugins.Registry) -> plugins.Entry | None:
@@ -611,10 +626,7 @@ def _check_options(tree: _Tree, section: Key, entry: plugins.Entry, own: set[str
     try:
         schema.model_validate(options)
     except ValidationError as error:
-        before = len(tree.problems)
-        _add_schema_problems(tree, error, schema, section)
-        for index in range(before, len(tree.problems)):
-            tree.problems[index] = tree.problems[index].replace(": unknown key", f": {entry.kind} {entry.name!r} has no such option")
+        _add_schema_problems(tree, error, schema, section, unknown=f"{entry.kind} {entry.name!r} has no such option")
         return False
     return True
 

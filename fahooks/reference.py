@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 OPERATIONS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
@@ -44,32 +45,33 @@ def straight_through(
 def oracle(model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Make the forward passes of a plain model inside the block use the surrogate.
 
-    The functions of `torch.nn.functional` are replaced while the block runs; which layer a call belongs to is told by the
-    innermost layer whose forward is running, or by the identity of the weight where a module uses it functionally.
+    The functions of `torch.nn.functional` are replaced while the block runs. A call belongs to the innermost module whose
+    forward is running, where it uses that module's weight or what is made of it; else to the module that owns its weight.
 
     Arguments:
         model: a model that was not converted.
         rules: W -> B by the name that the weight has in the report of `fahooks.convert`.
     """
     owners: dict[int, Callable[[Tensor], Tensor]] = {}
-    running: list[Callable[[Tensor], Tensor] | None] = []
+    running: list[tuple[nn.Module, Callable[[Tensor], Tensor] | None]] = []
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda *_: running.append(rules.get(name))
+        return lambda module, _: running.append((module, rules.get(name)))
 
     def leave(*_: Any) -> None:
         running.pop()
 
     def feedback_of(weight: Tensor) -> Tensor | None:
-        rule = owners.get(id(weight))
-        if rule is not None:
-            return rule(weight.detach())
+        layer, rule = running[-1] if running else (None, None)
+        if layer is not None and rule is not None and _is_made_of_the_weight(weight, layer):
+            matrix = rule(weight.detach())
+            return matrix if matrix.shape == weight.shape else None
+        if id(weight) in owners:
+            return owners[id(weight)](weight.detach())
         base = weight._base
         if base is not None and id(base) in owners:
-            matrix = owners[id(base)](base.detach())
-            return matrix.as_strided(weight.size(), weight.stride(), weight.storage_offset())
-        rule = running[-1] if running else None
-        return None if rule is None else rule(weight.detach())
+            return owners[id(base)](base.detach()).as_strided(weight.size(), weight.stride(), weight.storage_offset())
+        return None
 
     def replaced(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -89,9 +91,14 @@ def oracle(model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) ->
                     rule = rules.get(name)
                 if rule is not None:
                     owners[id(parameter)] = rule
-            if name in rules:
-                stack.callback(module.register_forward_pre_hook(enter(name)).remove)
-                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+            stack.callback(module.register_forward_pre_hook(enter(name)).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         for operation in OPERATIONS:
             stack.enter_context(patch.object(F, operation, replaced(getattr(F, operation))))
         yield
+
+
+def _is_made_of_the_weight(weight: Tensor, layer: nn.Module) -> bool:
+    """Whether a call's weight is the layer's parameter, or no parameter at all but made of one."""
+    own = parametrize.is_parametrized(layer, "weight") or weight is layer._parameters.get("weight")
+    return own or not isinstance(weight, nn.Parameter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -84,10 +84,12 @@ def load(name: str, *, root: str | Path, download: bool) -> Dataset:
     Raises:
         InputError: the name is unknown, or the files are neither there nor to be had; the message says where they belong.
     """
-    return datasets.get(name).build(root=Path(root).expanduser(), download=download)
+    return datasets.get(name).build(root=Path(os.path.expanduser(root)), download=download)
 
 
-@datasets.register("digits", summary="1,797 real handwritten digits, 8x8, that scikit-learn ships: no download", paper="Alpaydin, Kaynak 1998")
+@datasets.register(
+    "digits", summary="1,797 real handwritten digits, 8x8, that scikit-learn ships: no download", paper="Alpaydin, Kaynak 1998"
+)
 def digits(*, root: Path, download: bool) -> Dataset:
     """scikit-learn's handwritten digits, 8x8 and gray: a fixed 1,437 to train and 360 to test.
 
@@ -97,9 +99,9 @@ def digits(*, root: Path, download: bool) -> Dataset:
     """
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    pixels = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
-    everything = Images(pixels, torch.from_numpy(bunch.target).long())
+    images, labels = (cast(Any, load_digits())[key] for key in ("images", "target"))
+    pixels = torch.from_numpy(images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    everything = Images(pixels, torch.from_numpy(labels).long())
     order = shuffled(len(everything), "digits")
     return Dataset("digits", everything[order[:1437]], everything[order[1437:]], classes=10)
 
@@ -128,13 +130,17 @@ def _from_torchvision(name: str, source: type[MNIST], root: Path, download: bool
     found = all((raw / file).is_file() for file in FILES)
     places = f"put {FILES[0]}, {', '.join(FILES[1:])} into {raw}"
     if not found and not download:
-        raise InputError(f"{name} is not at {raw / FILES[0]}: {places}, set data.root, or allow the download with data.download=true")
+        raise InputError(
+            f"{name} is not at {raw / FILES[0]}: {places}, set data.root, or allow the download with data.download=true"
+        )
     try:
         parts = [source(str(root), train=train, download=not found) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         problem = "can not be read" if found else f"is not at {raw / FILES[0]} and could not be downloaded"
-        raise InputError(f"{name} {problem} ({reason}): {places} (unpacked, or as .gz with data.download=true), or set data.root") from error
+        raise InputError(
+            f"{name} {problem} ({reason}): {places} (unpacked, or as .gz with data.download=true), or set data.root"
+        ) from error
     except (ValueError, AssertionError, TypeError) as error:
         raise InputError(f"{name} in {raw} can not be read, a file there is damaged: replace it ({places})") from error
     train, test = (Images(part.data.unsqueeze(1), part.targets.long()) for part in parts)

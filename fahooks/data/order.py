@@ -25,7 +25,7 @@ class Batch:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """A permutation of range(count), int64 [count], that depends on (seed, epoch) alone and leaves torch's global generator alone."""
+    """A permutation of range(count), int64 [count]: a pure function of (seed, epoch) that reads no global generator."""
     return shuffled(count, "order", seed, epoch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,12 @@ class Rule(nn.Module):
 
     weight_shape: torch.Size
     """The shape of the weight that the rule was made for; set at conversion."""
+
+    label: str = ""
+    """What the user chose it by; set at conversion."""
+
+    origin: tuple[Any, ...] = ()
+    """What it was made from: the class, the options, the seed and the weight's name; set at conversion."""
 
     def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
         """Draw the rule's state, once, at conversion.
@@ -110,13 +117,14 @@ def draw(
         generator: a CPU generator.
 
     Raises:
-        InputError: an unknown `init` or `distribution`.
+        InputError: an unknown `init` or `distribution`, or a gain that is not positive.
     """
     variances = {"fan_out": 1 / fan_out, "fan_in": 1 / fan_in, "glorot": 2 / (fan_in + fan_out)}
     check_choice("init", init, variances)
     check_choice("distribution", distribution, ("normal", "uniform"))
+    check_positive("gain", gain)
     deviation = gain * variances[init] ** 0.5
-    matrix = torch.empty(weight.shape, dtype=torch.float32)
+    matrix = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     if distribution == "normal":
         matrix.normal_(0, deviation, generator=generator)
     else:
@@ -134,3 +142,13 @@ def check_choice(option: str, value: object, choices: Any) -> None:
     if value not in choices:
         hint = plugins.near(str(value), choices)
         raise plugins.InputError(f"{option} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
+
+
+def check_positive(option: str, value: object) -> None:
+    """Refuse an option's value that is not a positive, finite number.
+
+    Raises:
+        InputError: names the option and the value.
+    """
+    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise plugins.InputError(f"{option} must be a positive number, got {value!r}")

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fahooks.plugins import InputError
-from fahooks.rules.base import Rule, register_rule
+from fahooks.rules.base import Rule, check_positive, register_rule
 from fahooks.rules.feedback_alignment import FeedbackAlignment
 
 MOSKOVITZ = "Moskovitz et al. 2018, https://arxiv.org/abs/1812.06488"
@@ -29,8 +28,8 @@ class SignSymmetry(Rule):
 
     def __init__(self, *, scale: float | None = None) -> None:
         super().__init__()
-        if scale is not None and not scale > 0:
-            raise InputError(f"scale must be a positive number or None, got {scale!r}")
+        if scale is not None:
+            check_positive("scale", scale)
         self.scale = scale
         self.factor = 1.0 if scale is None else scale
 

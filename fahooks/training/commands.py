@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fahooks.plugins import InputError
+from rich.console import Console
+
+from fahooks.plugins import InputError, datasets
 from fahooks.recipe import Recipe, find, load
 from fahooks.training.loop import Result, train
 from fahooks.training.run_directory import RunDirectory, fresh_directory
@@ -52,6 +54,8 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
         overrides: "dotted.key=value" each, for all three runs.
         out: the folder for their run directories; by default runs/quickstart-<n>.
 
+    Says first what the images are.
+
     Returns:
         The folder: one run directory inside for each rule, named after it.
 
@@ -61,11 +65,14 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
     """
     for override in overrides:
         if override.partition("=")[0].split(".")[0] in ("feedback", "name"):
-            raise InputError(f"quickstart compares {', '.join(QUICKSTART_RULES)} and sets feedback and name itself (got --set {override})")
+            rules = ", ".join(QUICKSTART_RULES)
+            raise InputError(f"quickstart compares {rules} and sets feedback and name itself (got --set {override})")
     source = find("quickstart")
     recipes = {rule: load(source, (*overrides, *_quickstart_overrides(rule))) for rule in QUICKSTART_RULES}
     prepare(recipes[QUICKSTART_RULES[0]])  # finds what is wrong with the data before a folder is made
     folder = fresh_directory(out, "quickstart")
+    dataset = datasets.get(recipes[QUICKSTART_RULES[0]].data.dataset)
+    Console().print(f"{dataset.name}: {dataset.summary}", highlight=False, soft_wrap=True)
     for rule, recipe in recipes.items():
         setup = prepare(recipe)
         changed = (*overrides, *_quickstart_overrides(rule))

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fahooks.data import MemoryLoader
 from fahooks.plugins import InputError
-from fahooks.probes import Probe, probe
+from fahooks.probes import Probe
 from fahooks.training import checkpoint
 from fahooks.training.checkpoint import Progress
 from fahooks.training.progress import Display
@@ -79,6 +79,7 @@ def train(setup: Setup, run: RunDirectory, *, resume: bool = False, console: Con
 
 
 def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console) -> Result:
+    p = Probe(setup.model)  # before the checkpoint: sign flips count from the first weights, also in a resumed run
     progress = Progress()
     if resume and run.checkpoint.is_file():
         progress = checkpoint.restore(run.checkpoint, setup.model, setup.optimizer, setup.schedule)
@@ -89,7 +90,6 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console) -> R
     with (
         Display(setup.recipe.name, console, steps=epochs * len(setup.train), done=progress.step) as display,
         SummaryWriter(str(run.tensorboard), purge_step=progress.step or None) as board,
-        probe(setup.model) as p,
     ):
         for epoch in range(progress.epoch + 1, epochs + 1):
             row = {"epoch": epoch, **train_epoch(setup, epoch, progress, p, run, board, display)}
@@ -111,7 +111,7 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console) -> R
         final = evaluate(setup, setup.test, "test")
         run.log("test", weights="final", epoch=progress.epoch, **final)
         checkpoint.load_weights(run.best, setup.model)
-        best = evaluate(setup, setup.test, "test")
+        best = final if progress.best_epoch == progress.epoch else evaluate(setup, setup.test, "test")
         run.log("test", weights="best", epoch=progress.best_epoch, **best)
         run.summarise()
         _to_board(board, best, progress.best_epoch)
@@ -154,9 +154,11 @@ def train_epoch(
         loss_sum += loss.detach() * len(batch.labels)
         wrong += (logits.detach().argmax(1) != batch.labels).sum()
         if progress.step % LOOK_EVERY == 0 or seen == setup.train.images:
-            shown = {"loss": loss_sum.item() / seen, "error": 100 * wrong.item() / seen, "speed": seen / (time.perf_counter() - started)}
+            speed = seen / (time.perf_counter() - started)
+            shown = {"loss": loss_sum.item() / seen, "error": 100 * wrong.item() / seen, "speed": speed}
             if not math.isfinite(shown["loss"]):
-                raise Diverged(f"the loss was {shown['loss']} by step {progress.step} of epoch {epoch}: lower optim.lr (it was {lr:g})")
+                where = f"by step {progress.step}, in epoch {epoch}"
+                raise Diverged(f"the loss was {shown['loss']} {where}: lower optim.lr (it was {lr:g})")
             display.step(progress.step, epoch=f"{epoch}/{setup.recipe.train.epochs}", **shown)
     setup.schedule.step()
     return {

@@ -20,9 +20,7 @@ def make_optimizer(model: nn.Module, config: recipe.Adam | recipe.AdamW | recipe
     return kind(parameters, betas=config.betas, **common)
 
 
-def make_schedule(
-    optimizer: Optimizer, config: recipe.Constant | recipe.Step | recipe.Cosine, epochs: int
-) -> LRScheduler:
+def make_schedule(optimizer: Optimizer, config: recipe.Constant | recipe.Step | recipe.Cosine, epochs: int) -> LRScheduler:
     """The schedule that `config` describes, moved on once an epoch."""
     if isinstance(config, recipe.Step):
         return torch.optim.lr_scheduler.StepLR(optimizer, step_size=config.every, gamma=config.gamma)

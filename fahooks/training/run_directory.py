@@ -23,10 +23,8 @@ import torch
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, Source, load
 
-COLUMNS = (
-    "epoch", "step", "lr", "train_loss", "train_error", "validation_loss", "validation_error", "test_error",
-    "images_per_second", "seconds",
-)  # fmt: skip
+LOSSES = ["train_loss", "train_error", "validation_loss", "validation_error", "test_error"]
+COLUMNS = ["epoch", "step", "lr", *LOSSES, "images_per_second", "seconds"]
 
 
 class RunDirectory:

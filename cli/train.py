@@ -1,0 +1,76 @@
+"""`fahooks train` and `fahooks quickstart`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from fahooks.plugins import InputError
+
+SETTINGS = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key of the recipe, such as train.epochs=1; repeatable.",
+)
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@SETTINGS
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory, new or empty; by default runs/<recipe name>-<n>.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Go on with the interrupted run in this run directory.")
+def train(recipe: str | None, overrides: tuple[str, ...], out: Path | None, resume: Path | None) -> None:
+    """Train RECIPE: the name of a shipped recipe (`fahooks ls recipes`) or a file."""
+    from fahooks.training import commands
+
+    if resume is not None and (recipe or overrides or out):
+        raise InputError("--resume takes everything from the run directory: leave RECIPE, --set and --out away")
+    with _stoppable():
+        if resume is not None:
+            click.echo(commands.resume(resume))
+        elif recipe is not None:
+            click.echo(commands.start(recipe, overrides, out))
+        else:
+            raise InputError("name a recipe, such as mnist/fa (`fahooks ls recipes` lists all), or --resume a run directory")
+
+
+@click.command()
+@SETTINGS
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the runs, new or empty; by default runs/quickstart-<n>.")
+def quickstart(overrides: tuple[str, ...], out: Path | None) -> None:
+    """Train bp, fa and usf_sn on real digits, on a CPU in about a minute, and compare them.
+
+    The digits are the 1,797 handwritten ones, 8x8 pixels, that scikit-learn ships: nothing is downloaded.
+    With --set data.dataset=mnist it takes MNIST: found under data.root, else downloaded there.
+    """
+    from fahooks.report import figures, tables
+    from fahooks.report.runs import read_run
+    from fahooks.training import commands
+
+    with _stoppable():
+        folder = commands.quickstart(overrides, out)
+    runs = [read_run(folder / rule) for rule in commands.QUICKSTART_RULES]
+    figures.comparison(runs, folder / "quickstart.png")
+    Console(width=None if sys.stdout.isatty() else 120).print(tables.comparison(runs))
+    click.echo(f"figure {folder / 'quickstart.png'}, runs in {folder}")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End on Ctrl-C, and on the SIGTERM that clusters send, with one line that says how to go on, exit code 130."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        click.echo(f"fahooks: {stop or 'stopped'}", err=True)
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)

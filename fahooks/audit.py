@@ -1,0 +1,297 @@
+"""The audit: names every linear map of a forward pass that uses a weight and is not routed through a feedback rule.
+
+It runs the model once with gradients recorded for its inputs and all its parameters, and reads the autograd graph, which
+knows nothing of layers, classes and adapters. A call that went through `fahooks.functional` left a node there that names its
+rule. A matrix product or convolution that did not, and one of whose operands is made of parameters alone, sends the error back
+by the transpose of that operand. Products of two signals (attention) and elementwise products with parameters (norms, layer
+scale) keep their true derivative under every rule.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+from torch.utils import _pytree as pytree
+
+from fahooks import functional
+from fahooks.plugins import InputError
+from fahooks.surgery import feedback_rules, lineage
+
+LINEAR_OPERATIONS: dict[str, slice] = {
+    "Linear": slice(0, 2),
+    "Mm": slice(0, 2),
+    "Bmm": slice(0, 2),
+    "Mv": slice(0, 2),
+    "Dot": slice(0, 2),
+    "Vdot": slice(0, 2),
+    "Addmm": slice(1, 3),
+    "Addbmm": slice(1, 3),
+    "Baddbmm": slice(1, 3),
+    "Addmv": slice(1, 3),
+    "Addr": slice(1, 3),
+    "Trilinear": slice(0, 3),
+    "Convolution": slice(0, 2),
+    "ConvolutionOverrideable": slice(0, 2),
+    "MpsConvolution": slice(0, 2),
+    "MkldnnRnnLayer": slice(None),
+    "CudnnRnn": slice(None),
+    "MiopenRnn": slice(None),
+}
+"""Torch's linear operations, as autograd names them, and which edges of their nodes are operands (others are biases).
+einsum, matmul, tensordot, bilinear and the recurrent layers that are not fused are made of these."""
+
+_CORE = (functional._Linear, functional._Convolution)
+
+LOOK_UPS = ("Embedding", "EmbeddingBag")
+"""Operations that make a signal of a parameter."""
+
+
+@dataclass(frozen=True)
+class Unrouted:
+    """A linear operation that sends the error back through a weight itself.
+
+    Attributes:
+        operation: as autograd calls it, e.g. "Addmm".
+        parameters: qualified names of the parameters that the weight is made of; a tied parameter has several.
+        source: the line of Python that called it, "file:line: code".
+    """
+
+    operation: str
+    parameters: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an audit found; prints as a table.
+
+    Attributes:
+        routed: names of the converted weights whose rule serves a call, as in the report of `fahooks.convert`.
+        never_called: names of the converted weights whose rule no call used.
+        idle: names of the converted weights that only multiply a constant, such as a table of coordinates: no error is sent
+            to it, so that there is nothing to route.
+        unrouted: the linear operations with a weight and without a rule, in the order of the forward pass.
+    """
+
+    routed: tuple[str, ...]
+    never_called: tuple[str, ...]
+    idle: tuple[str, ...]
+    unrouted: tuple[Unrouted, ...]
+
+    @property
+    def clean(self) -> bool:
+        """Whether every rule is used and every linear operation with a weight has one."""
+        return not self.never_called and not self.unrouted
+
+    def __str__(self) -> str:
+        rows = [("never called", name or "(model)", "") for name in self.never_called]
+        rows += [(f"unrouted {use.operation}", ", ".join(use.parameters), use.source) for use in self.unrouted]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        counts = f"{len(self.routed)} weights routed, {len(self.never_called)} never called, {len(self.unrouted)} unrouted operations"
+        return "\n".join([*lines, f"{'clean' if self.clean else 'not clean'}: {counts}"])
+
+
+def audit(model: nn.Module, *example_inputs: Any, ignore: str | Iterable[str] = (), **example_options: Any) -> Findings:
+    """Run one forward pass and name every linear map in it that uses a weight and is not routed through a rule.
+
+    Parameters, `.grad`, requires_grad, buffers, training flags and random number generators are left as they were. The pass
+    runs in the mode that the model is in, and tells of the calls made in this mode on these inputs. Audit the model itself,
+    not what torch.compile or reentrant checkpointing made of it: those hide its operations from autograd.
+
+    Arguments:
+        model: any module; of one that was not converted every linear map is unrouted.
+        example_inputs: what the model is called with; it gets copies of floating-point tensors.
+        ignore: names or globs, as `fahooks.convert` takes for `exclude`, of layers that are meant to have no rule, e.g.
+            `report.left_out`; operations that use their parameters only are not listed.
+        example_options: keyword arguments of that call.
+
+    Returns:
+        The findings; `.clean` where there are none.
+
+    Raises:
+        InputError: no output of the model carries a gradient, as under torch.no_grad.
+    """
+    with _as_found(model), torch.enable_grad(), torch.autograd.set_detect_anomaly(True, check_nan=False):
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+        args, options = pytree.tree_map(_with_gradient, (example_inputs, example_options))
+        outputs = [tensor.grad_fn for tensor in _tensors(model(*args, **options)) if tensor.grad_fn is not None]
+    if not outputs:
+        raise InputError(
+            "nothing to audit: no output of the model carries a gradient; its forward pass must not run under torch.no_grad "
+            "or torch.inference_mode, nor detach what it returns"
+        )
+    ignored = [ignore] if isinstance(ignore, str) else list(ignore)
+    return _findings(_Graph(outputs, model), model, ignored)
+
+
+def _findings(graph: _Graph, model: nn.Module, ignored: Sequence[str]) -> Findings:
+    served: set[int] = set()
+    constant: set[str] = set()
+    unrouted: list[Unrouted] = []
+    for node in graph.error_path():
+        weight = graph.weight(node)
+        if _is_core(node):
+            served.add(id(_rule(node)))
+        elif weight and len(graph.operands(node)) == 1:
+            constant |= weight
+        elif weight and not graph.all_within(weight, ignored):
+            unrouted.append(Unrouted(_operation(node), tuple(sorted(weight)), _source(node)))
+    rules = feedback_rules(model)
+    unused = [name for name, rule in rules.items() if id(rule) not in served]
+    idle = [name for name in unused if any(_within(parameter, [name]) for parameter in constant)]
+    return Findings(
+        routed=tuple(name for name in rules if name not in unused),
+        never_called=tuple(name for name in unused if name not in idle),
+        idle=tuple(idle),
+        unrouted=tuple(unrouted),
+    )
+
+
+class _Graph:
+    """The autograd graph of one forward pass, read from its outputs.
+
+    Attributes:
+        made_of: for every node, the names of the parameters that its tensor is made of alone; None if it is a signal.
+    """
+
+    def __init__(self, outputs: Sequence[Node], model: nn.Module) -> None:
+        self.outputs = outputs
+        self.names: dict[int, frozenset[str]] = {}
+        self.matrices: set[str] = set()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.names[id(parameter)] = self.names.get(id(parameter), frozenset()) | {name}
+            if parameter.dim() > 1:
+                self.matrices.add(name)
+        self.made_of: dict[Node, frozenset[str] | None] = {}
+        for node in _inputs_first(outputs, _edges):
+            self.made_of[node] = self._made_of(node)
+
+    def _made_of(self, node: Node) -> frozenset[str] | None:
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            return self.names.get(id(variable))
+        if _is_core(node) or _operation(node) in LOOK_UPS:
+            return None
+        parts = [self.made_of[edge] for edge in _edges(node)]
+        return None if None in parts else frozenset().union(*(part for part in parts if part))
+
+    def error_path(self) -> Iterator[Node]:
+        """The nodes that the error passes, inputs first; those that only make a weight are not among them."""
+        return _inputs_first(self.outputs, self._error_edges)
+
+    def _error_edges(self, node: Node) -> list[Node]:
+        if _is_core(node):
+            return _edges(node, slice(0, 1)) + _edges(node, slice(2, None))
+        weights = [operand for operand in self.operands(node) if self.made_of[operand]]
+        return [edge for edge in _edges(node) if edge not in weights]
+
+    def operands(self, node: Node) -> list[Node]:
+        """The operands of a linear operation that carry a gradient, none for other operations."""
+        # Python's autograd functions are opaque; the core's are known.
+        opaque = isinstance(node, BackwardCFunction)
+        return _edges(node, slice(None) if opaque else LINEAR_OPERATIONS.get(_operation(node), slice(0)))
+
+    def weight(self, node: Node) -> frozenset[str]:
+        """The names of the parameters that the weight of a linear operation is made of; empty for other operations."""
+        names = frozenset().union(*(self.made_of[operand] or () for operand in self.operands(node)))
+        return names & self.matrices if isinstance(node, BackwardCFunction) else names
+
+    def all_within(self, parameters: Iterable[str], patterns: Sequence[str]) -> bool:
+        """Whether the patterns select every parameter, by one of its names."""
+        return all(any(_within(name, patterns) for name in names) for names in self.names.values() if names & set(parameters))
+
+
+def _inputs_first(outputs: Sequence[Node], edges: Callable[[Node], Sequence[Node]]) -> Iterator[Node]:
+    """Every node that `edges` lead to from the outputs, each after those that its own edges lead to; no recursion: graphs are deep."""
+    entered: set[Node] = set()
+    stack = [(node, False) for node in reversed(outputs)]
+    while stack:
+        node, finished = stack.pop()
+        if finished:
+            yield node
+        elif node not in entered:
+            entered.add(node)
+            stack.append((node, True))
+            stack.extend((edge, False) for edge in reversed(edges(node)))
+
+
+def _edges(node: Node, which: slice = slice(None)) -> list[Node]:
+    return [edge for edge, _ in node.next_functions[which] if edge is not None]
+
+
+def _operation(node: Node) -> str:
+    return re.sub(r"Backward\d*$", "", node.name())
+
+
+def _is_core(node: Node) -> bool:
+    return getattr(node, "_forward_cls", None) in _CORE
+
+
+def _rule(node: Any) -> Callable[[Tensor], Tensor]:
+    """The rule that a node of the core asks for B, also where it takes a part of B."""
+    feedback = node.feedback
+    while isinstance(feedback, partial):
+        feedback = feedback.args[0]
+    return feedback
+
+
+def _source(node: Node) -> str:
+    """The innermost line outside torch and fahooks that recorded the node; autograd keeps it in anomaly mode."""
+    inner = (Path(torch.__file__).parent, Path(__file__).parent)
+    for frame in reversed(node.metadata.get("traceback_", [])):
+        found = re.match(r'\s*File "(.+)", line (\d+), in .*\n\s*(.*)', frame)
+        if found and not any(Path(found[1]).is_relative_to(folder) for folder in inner):
+            return f"{'/'.join(Path(found[1]).parts[-3:])}:{found[2]}: {found[3]}"
+    return ""
+
+
+def _within(parameter: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns selects a parameter or a module around it; the empty name is the whole model."""
+    return any(not pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in lineage(parameter))
+
+
+def _with_gradient(value: Any) -> Any:
+    """A copy of a floating-point tensor that carries a gradient and, being no leaf, can be overwritten; else the value."""
+    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+        return value.detach().requires_grad_().clone()
+    return value
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in lists, tuples, mappings and dataclasses, at any depth."""
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf):
+            for field in fields(leaf):
+                yield from _tensors(getattr(leaf, field.name))
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Put requires_grad, buffers and random number generators back afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            with torch.no_grad():
+                for module, name, buffer, value in buffers:
+                    module._buffers[name] = buffer.copy_(value)

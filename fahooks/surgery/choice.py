@@ -1,0 +1,116 @@
+"""What: the rule that a user chose, by name, class, function or mapping, and the making of it for one weight."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fahooks import plugins
+from fahooks.rules.backprop import Backprop
+from fahooks.rules.base import FunctionRule, Rule
+from fahooks.surgery.selection import selector_test
+from fahooks.surgery.sites import CONVERTIBLE, ConversionError, Site
+
+RuleLike: TypeAlias = "str | type[Rule] | Callable[[Tensor], Tensor] | Mapping[str, Any]"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A rule as the user chose it, before it is made for a layer."""
+
+    make: Callable[[], Rule]
+    identity: tuple[Any, ...]
+    label: str
+
+    def rule_for(self, site: Site, seed: int) -> Rule | None:
+        """The rule for one site: the one it has if that came from the same choice, else a new one; None for backprop."""
+        if self.identity[0] is Backprop:
+            return None
+        origin = (*self.identity, seed, site.name)
+        present = site.rule()
+        if present is not None and present.origin == origin:
+            return present
+        rule = self.make()
+        weight = site.weight().detach()
+        fan_in, fan_out = _fans(site, weight)
+        generator = torch.Generator().manual_seed(_generator_seed(seed, site.name))
+        rule.initialise(weight, fan_in=fan_in, fan_out=fan_out, generator=generator)
+        rule.weight_shape = weight.shape
+        rule.label = self.label
+        rule.origin = origin
+        return rule.train(site.module.training)
+
+
+def rule_chooser(rule: Any, options: Mapping[str, Any], sites: Sequence[Site]) -> Callable[[Site], Choice | None]:
+    """What tells the rule of each site; None where a mapping of rules has no selector for it.
+
+    Raises:
+        ConversionError: `rule` or `options` are of no form that `convert` takes, or a selector selects nothing.
+    """
+    if not isinstance(rule, Mapping) or "rule" in rule:
+        choice = _choice(rule, options)
+        return lambda site: choice
+    if options:
+        raise ConversionError(
+            f"options {', '.join(options)} belong beside a rule, as {{pattern: {{'rule': name, option: value}}}}, "
+            "where rule is a mapping"
+        )
+    if not rule:
+        raise ConversionError("the mapping of rules is empty")
+    table = [(selector_test(selector, sites, "rule"), _choice(value, {})) for selector, value in rule.items()]
+    return lambda site: next((choice for test, choice in table if test(site)), None)
+
+
+def _choice(rule: Any, options: Mapping[str, Any]) -> Choice:
+    if isinstance(rule, Mapping):
+        if "rule" not in rule:
+            raise ConversionError(f"expected {{'rule': name, option: value, ...}}, got {dict(rule)!r}")
+        return _choice(rule["rule"], {**{k: v for k, v in rule.items() if k != "rule"}, **options})
+    if isinstance(rule, str):
+        entry = plugins.rules.get(rule)
+        entry.build(**options)
+        return Choice(lambda: entry.build(**options), (entry.target, _frozen(options)), rule)
+    if isinstance(rule, type) and issubclass(rule, Rule):
+        _check_options(rule, options)
+        return Choice(lambda: rule(**options), (rule, _frozen(options)), rule.__name__)
+    if isinstance(rule, nn.Module):
+        raise ConversionError(
+            f"rule must be a name, a Rule class or a function, got the module {type(rule).__name__}: pass its class"
+        )
+    if callable(rule):
+        if options:
+            raise ConversionError(f"a function has no options, got {', '.join(options)}")
+        function: Any = rule
+        return Choice(lambda: FunctionRule(function), (rule,), getattr(rule, "__name__", "function"))
+    raise ConversionError(f"rule must be a name, a Rule class, a function W -> B or a mapping of these, got {rule!r}")
+
+
+def _check_options(rule: type[Rule], options: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(rule).bind(**options)
+    except TypeError as error:
+        raise ConversionError(f"rule {rule.__name__} does not take these options: {error}") from error
+
+
+def _frozen(options: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, repr(value)) for name, value in options.items()))
+
+
+def _generator_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+
+
+def _fans(site: Site, weight: Tensor) -> tuple[int, int]:
+    """N_in, N_out: connections into a unit going forward and going backward (section 5.1)."""
+    kernel = weight[0, 0].numel() if weight.dim() > 2 else 1
+    first, second = weight.shape[:2]
+    groups = getattr(site.module, "groups", 1) if isinstance(site.module, CONVERTIBLE) else 1
+    if isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return first // groups * kernel, second * kernel
+    return second * kernel, first // groups * kernel

@@ -1,0 +1,142 @@
+"""Doing it and undoing it: convert, revert, and rules switched off for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fahooks.rules.base import Rule
+from fahooks.surgery.choice import Choice, RuleLike, rule_chooser
+from fahooks.surgery.layer import FeedbackLayer, functional_weight, swap, unswap
+from fahooks.surgery.report import LEFT_BY_BP, NO_PATTERN, LayerReport, Report
+from fahooks.surgery.selection import Selector, reasons_unselected
+from fahooks.surgery.sites import ConversionError, Site, check_materialised, find_sites, functional_weights, modules_of
+
+
+def convert(
+    model: nn.Module,
+    rule: RuleLike = "fa",
+    *,
+    include: Selector | Sequence[Selector] | None = None,
+    exclude: Selector | Sequence[Selector] | None = None,
+    seed: int = 0,
+    **rule_options: Any,
+) -> Report:
+    """Make the layers of `model` send errors back through feedback matrices, in place.
+
+    The arguments describe the whole result: converting again with the same ones changes nothing, with others the model
+    ends as if it had been converted with those from the start.
+
+    Arguments:
+        model: any module. Linear, Conv1d-3d, ConvTranspose1d-3d, their subclasses, nn.MultiheadAttention and every module
+            with an adapter are converted. Weights, keys, hooks and parameters' identity stay.
+        rule: a registered name, a Rule class, a function W -> B, or an ordered mapping from selectors to any of these (or
+            to {"rule": name, **options}); the first selector that matches decides, layers that none matches stay.
+        include: convert only what this selects: a module type or a glob over qualified names ("layer1.*"), which also select
+            everything inside such a module, a compiled regex, a function (name, module) -> bool, or a list of these.
+        exclude: leave out what this selects.
+        seed: every B is drawn from a private generator keyed by (seed, layer name), on the CPU. Layers that share one
+            Parameter have different names, so each has its own B.
+        rule_options: options of the rule, e.g. `gain=0.5`.
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        UnknownName: no such rule.
+        ConversionError: nothing to convert, a selector that selects nothing, lazy layers not yet materialised, weights on
+            the meta device, or a scripted model.
+        InputError: options that the rule does not take.
+    """
+    sites = list(find_sites(model))
+    choose = rule_chooser(rule, rule_options, sites)
+    selected = reasons_unselected(sites, include, exclude)
+    plan: list[tuple[Site, Rule | None, str | None]] = []
+    for site in sites:
+        reason = site.obstacle or selected[site.name]
+        new = None
+        if reason is None:
+            choice = choose(site)
+            check_materialised(site)
+            new = choice.rule_for(site, seed) if choice else None
+            reason = _reason_left(choice, new)
+        plan.append((site, new, reason))
+    if not any(new for _, new, _ in plan) and not any(reason == LEFT_BY_BP for _, _, reason in plan):
+        raise ConversionError(_nothing_converted(plan))
+    _apply(model, plan)
+    return Report([_layer_report(site, new, reason) for site, new, reason in plan])
+
+
+def revert(model: nn.Module) -> None:
+    """Undo `convert`: classes, state_dict keys and gradients are as before; a model that was not converted stays as it is."""
+    for module in list(modules_of(model).values()):
+        if isinstance(module, FeedbackLayer):
+            unswap(module)
+
+
+@contextmanager
+def backprop(model: nn.Module) -> Iterator[None]:
+    """Switch every rule of `model` off for the forward passes inside: their backward gives true gradients.
+
+    Nests, and restores what was before also when the body raises.
+    """
+    layers = [module for module in modules_of(model).values() if isinstance(module, FeedbackLayer)]
+    before = [layer.feedback_enabled for layer in layers]
+    for layer in layers:
+        layer.feedback_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            if isinstance(layer, FeedbackLayer):
+                layer.feedback_enabled = enabled
+
+
+def feedback_layers(model: nn.Module) -> dict[str, FeedbackLayer]:
+    """The converted layers of `model` that hold a rule, by qualified name."""
+    return {
+        name: module
+        for name, module in modules_of(model).items()
+        if isinstance(module, FeedbackLayer) and "feedback" in module._modules
+    }
+
+
+def feedback_rules(model: nn.Module) -> dict[str, Rule]:
+    """Every rule of `model`, by the name that its weight has in the report."""
+    rules = ((site.name, site.rule()) for site in find_sites(model))
+    return {name: rule for name, rule in rules if rule is not None}
+
+
+def _reason_left(choice: Choice | None, rule: Rule | None) -> str | None:
+    if choice is None:
+        return NO_PATTERN
+    return None if rule is not None else LEFT_BY_BP
+
+
+def _apply(model: nn.Module, plan: Sequence[tuple[Site, Rule | None, str | None]]) -> None:
+    revert(model)
+    for site, rule, _ in plan:
+        if rule is not None:
+            site.attach(rule)
+    for module in list(modules_of(model).values()):
+        weights = functional_weights(module)
+        if weights and any(functional_weight(module, name)[2] is not None for name in weights):
+            swap(module).functional_weights = weights
+
+
+def _layer_report(site: Site, rule: Rule | None, reason: str | None) -> LayerReport:
+    weight = site.weight() if site.attribute else None
+    shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
+    memory = sum(b.numel() * b.element_size() for b in rule.buffers()) if rule is not None else 0
+    return LayerReport(site.name, site.plain_type.__name__, shape, rule.label if rule is not None else "", memory, reason)
+
+
+def _nothing_converted(plan: Sequence[tuple[Site, Rule | None, str | None]]) -> str:
+    if not plan:
+        return "nothing to convert: the model has no linear or convolution layer"
+    reasons = sorted({reason for _, _, reason in plan if reason})
+    return f"nothing converted: all {len(plan)} layers were left out ({'; '.join(reasons)})"

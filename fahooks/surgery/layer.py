@@ -1,0 +1,220 @@
+"""What a converted layer is: its class, made from the plain one, and how the calls inside its forward reach the core."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fahooks import functional
+
+
+class FeedbackLayer(nn.Module):
+    """The mixin of every converted layer, leftmost among its bases.
+
+    Attributes:
+        feedback: the layer's rule; for a module with several weights of its own (attention), an `nn.ModuleDict` of rules by
+            parameter name.
+        feedback_enabled: False inside `fahooks.backprop`.
+        functional_weights: for a module that uses weights functionally, their names (of its own or of children); else None.
+    """
+
+    feedback: nn.Module
+    feedback_enabled: bool
+    functional_weights: tuple[str, ...] | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own forward, its weights' calls routed through the feedback rule where gradients are recorded."""
+        if not (self.feedback_enabled and torch.is_grad_enabled() and self._sends_error(args, kwargs)):
+            return super().forward(*args, **kwargs)
+        if self._uses_parametrized_weights():
+            # A parametrization computes a new tensor each time it is asked: kept, it is known again where it is used.
+            with parametrize.cached():
+                return self._routed_forward(*args, **kwargs)
+        return self._routed_forward(*args, **kwargs)
+
+    def _routed_forward(self, *args: Any, **kwargs: Any) -> Any:
+        with Routing(self):
+            return super().forward(*args, **kwargs)
+
+    def feedback_for(self, weight: Tensor) -> functional.Feedback | None:
+        """What maps the weight of one call to its feedback matrix; None where the call is not this layer's to route."""
+        if self.functional_weights is None:
+            rule: Any = self.feedback
+            return rule if weight.shape == rule.weight_shape and self._owns(weight) else None
+        for name in self.functional_weights:
+            owner, attribute, rule = functional_weight(self, name)
+            if rule is not None and weight is getattr(owner, attribute):
+                return rule
+        return None
+
+    def _owns(self, weight: Tensor) -> bool:
+        """Whether a weight is this layer's parameter or made of it; another parameter is not."""
+        if not isinstance(weight, nn.Parameter):
+            return True
+        if parametrize.is_parametrized(self, "weight"):
+            parametrizations: Any = self.parametrizations
+            return any(weight is original for original in parametrizations["weight"].parameters())
+        return weight is self._parameters.get("weight")
+
+    def _sends_error(self, args: Any, kwargs: Any) -> bool:
+        """False where nothing asks for a gradient: attention may then take torch's fast path, which a mode would close."""
+        if self.functional_weights is None:
+            return True
+        inputs = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return any(tensor.requires_grad for tensor in itertools.chain(self.parameters(), inputs))
+
+    def _uses_parametrized_weights(self) -> bool:
+        names = self.functional_weights or ()
+        return any(parametrize.is_parametrized(functional_weight(self, name)[0]) for name in names)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the plain class: the class with feedback is made anew, and can not be imported by name."""
+        return _restore, (plain_class(type(self)),), self.__getstate__()
+
+
+class Routing(TorchFunctionMode):
+    """While active, sends the calls that use the layer's weights to the core."""
+
+    def __init__(self, layer: FeedbackLayer) -> None:
+        self.layer = layer
+        self.parts: list[tuple[Tensor, functional.Feedback]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        core = functional.ROUTES.get(func)
+        if core is not None:
+            feedback = self.feedback_for(args[1] if len(args) > 1 else kwargs["weight"])
+            if feedback is not None:
+                return core(*args, **kwargs, feedback=feedback)
+        elif func is F.multi_head_attention_forward:
+            with self:
+                return _multi_head_attention_forward(*args, **kwargs)
+        elif func in _TAKES_PARTS and self.layer.functional_weights is not None:
+            return self.take_parts(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def feedback_for(self, weight: Tensor) -> functional.Feedback | None:
+        """The layer's feedback for a weight, or for a part that was taken of one."""
+        for part, feedback in self.parts:
+            if weight is part:
+                return feedback
+        return self.layer.feedback_for(weight)
+
+    def take_parts(self, func: Callable[..., Any], whole: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call `func`; where it takes parts of a packed weight, calls that use them get the same parts of B."""
+        taken = func(whole, *args, **kwargs)
+        rule = self.layer.feedback_for(whole)
+        if rule is not None:
+            for index, part in enumerate(_as_parts(taken)):
+                take = (func, args, kwargs, index)
+                self.parts.append((part, partial(_part_of_feedback, rule, whole.detach(), take)))
+        return taken
+
+
+_TAKES_PARTS = (Tensor.chunk, Tensor.split, Tensor.__getitem__)
+
+
+def _as_parts(taken: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return (taken,) if isinstance(taken, Tensor) else taken
+
+
+def _part_of_feedback(rule: functional.Feedback, packed: Tensor, take: tuple[Any, ...], part: Tensor) -> Tensor:
+    """The part of a packed weight's B that stands where `part` stands in the weight."""
+    func, args, kwargs, index = take
+    return _as_parts(func(rule(packed), *args, **kwargs))[index].to(part.dtype)
+
+
+# A mode sees this Python function as one opaque call. Without its own check for overrides, its inner calls are seen.
+_multi_head_attention_forward = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+
+
+def functional_weight(layer: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module | None]:
+    """Owner, attribute and rule (None where not converted) of the weight called `name` relative to `layer`."""
+    path, _, attribute = name.rpartition(".")
+    owner = layer.get_submodule(path)
+    rule = owner._modules.get("feedback")
+    if owner is layer and isinstance(rule, nn.ModuleDict):
+        rule = rule[attribute] if attribute in rule else None
+    return owner, attribute, rule
+
+
+_feedback_classes: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValueDictionary()
+
+
+def feedback_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """`Feedback<Class>` for a layer class; one for each class, so that compiled guards on the type hold."""
+    made = _feedback_classes.get(cls)
+    if made is None:
+        namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "plain_class": cls}
+        made = types.new_class(f"Feedback{cls.__name__}", (FeedbackLayer, cls), exec_body=lambda ns: ns.update(namespace))
+        _feedback_classes[cls] = made
+    return made
+
+
+def with_feedback(module: nn.Module) -> type[nn.Module]:
+    """The class for a module once converted; below the class that a parametrization derived, which stays outermost."""
+    cls = type(module)
+    if parametrize.is_parametrized(module) and len(cls.__bases__) == 1:
+        plain = cls.__bases__[0]
+        made = feedback_class(plain)
+        return _derive(cls, (made,), cls.__name__.replace(plain.__name__, made.__name__))
+    return feedback_class(cls)
+
+
+def without_feedback(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` with its feedback class replaced by the plain one, also below classes that torch derived from it later."""
+    if "plain_class" in cls.__dict__:
+        return cls.__dict__["plain_class"]
+    if not issubclass(cls, FeedbackLayer):
+        return cls
+    bases = tuple(without_feedback(base) for base in cls.__bases__)
+    return _derive(cls, bases, cls.__name__.replace("Feedback", "", 1))
+
+
+def _derive(cls: type[nn.Module], bases: tuple[type[nn.Module], ...], name: str) -> type[nn.Module]:
+    """A copy of `cls` on other bases."""
+    namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return types.new_class(name, bases, exec_body=lambda ns: ns.update(namespace))
+
+
+def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The layer class that a feedback class, or a class that others derived from one, was made for."""
+    return next(c.__dict__["plain_class"] for c in cls.__mro__ if "plain_class" in c.__dict__)
+
+
+def _restore(cls: type[nn.Module]) -> nn.Module:
+    made = feedback_class(cls)
+    return made.__new__(made)
+
+
+def swap(module: nn.Module) -> FeedbackLayer:
+    """Make `module`, the same object, a feedback layer with no rule yet; a feedback layer stays as it is."""
+    layer = cast(FeedbackLayer, module)
+    if not isinstance(module, FeedbackLayer):
+        module.__class__ = with_feedback(module)
+        layer.feedback_enabled = True
+        layer.functional_weights = None
+    return layer
+
+
+def unswap(layer: FeedbackLayer) -> None:
+    """Make `layer` what it was before `swap`, and take its rule away."""
+    layer.__class__ = without_feedback(type(layer))  # pyright: ignore[reportAttributeAccessIssue]
+    layer._modules.pop("feedback", None)
+    for attribute in ("feedback_enabled", "functional_weights"):
+        del layer.__dict__[attribute]

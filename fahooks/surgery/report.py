@@ -1,0 +1,86 @@
+"""What was done: the report of a conversion, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+EXCLUDED = "excluded"
+
+NOT_INCLUDED = "not included"
+
+NO_PATTERN = "no pattern matches"
+
+LEFT_BY_BP = "rule bp: left as it is"
+
+LEFT_AS_ASKED = frozenset({LEFT_BY_BP, NO_PATTERN, EXCLUDED, NOT_INCLUDED})
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer.
+
+    Attributes:
+        name: qualified name; for one of several weights of a module, with the parameter's name.
+        type: the plain class's name.
+        weight_shape: shape of W.
+        rule: the rule as printed, empty where not converted.
+        memory_bytes: what the rule's state adds.
+        reason: why it was not converted; None if it was.
+    """
+
+    name: str
+    type: str
+    weight_shape: tuple[int, ...]
+    rule: str
+    memory_bytes: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `convert` did, layer by layer; prints as a table."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def converted(self) -> list[str]:
+        """Names of the converted layers, in model order."""
+        return [layer.name for layer in self.layers if layer.reason is None]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why each other layer was not converted, by name."""
+        return {layer.name: layer.reason for layer in self.layers if layer.reason is not None}
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names of the layers that could have been converted, and were left to backpropagation as asked."""
+        return [layer.name for layer in self.layers if layer.reason in LEFT_AS_ASKED]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the rules' state adds to the model."""
+        return sum(layer.memory_bytes for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report in types that json can write."""
+        return {"layers": [vars(layer) for layer in self.layers], "memory_bytes": self.memory_bytes}
+
+    def __str__(self) -> str:
+        header = ("layer", "type", "weight", "rule", "bytes added", "")
+        rows = [header] + [
+            (
+                layer.name or "(model)",
+                layer.type,
+                "x".join(map(str, layer.weight_shape)),
+                layer.rule,
+                str(layer.memory_bytes),
+                f"skipped: {layer.reason}" if layer.reason else "converted",
+            )
+            for layer in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        total = f"{len(self.converted)} of {len(self.layers)} layers converted, {self.memory_bytes:,} bytes added"
+        return "\n".join([*lines, total])

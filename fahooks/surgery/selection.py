@@ -1,0 +1,57 @@
+"""Which: patterns, types and functions that select layers."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from fahooks.plugins import near
+from fahooks.surgery.report import EXCLUDED, NOT_INCLUDED
+from fahooks.surgery.sites import ConversionError, Site, lineage
+
+Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]"
+
+
+def reasons_unselected(sites: Sequence[Site], include: Any, exclude: Any) -> dict[str, str | None]:
+    """Why each site is not selected, by name; None where it is."""
+    included = _any_selector_test(include, sites, "include") if include is not None else lambda site: True
+    excluded = _any_selector_test(exclude, sites, "exclude") if exclude is not None else lambda site: False
+    return {s.name: EXCLUDED if excluded(s) else None if included(s) else NOT_INCLUDED for s in sites}
+
+
+def _any_selector_test(selectors: Any, sites: Sequence[Site], role: str) -> Callable[[Site], bool]:
+    tests = [selector_test(s, sites, role) for s in (selectors if isinstance(selectors, list | tuple) else [selectors])]
+    return lambda site: any(test(site) for test in tests)
+
+
+def selector_test(selector: Any, sites: Sequence[Site], role: str) -> Callable[[Site], bool]:
+    """A test for sites; one that no site passes is an error, so that a misspelt name is never silent."""
+    test = _site_test(selector, role)
+    if not any(test(site) for site in sites):
+        names = [site.name for site in sites]
+        shown = selector if isinstance(selector, str) else getattr(selector, "__name__", selector)
+        hint = near(selector, names) if isinstance(selector, str) else ""
+        raise ConversionError(f"{role}: {shown!r} matches none of the {len(sites)} layers{hint or _for_example(names)}")
+    return test
+
+
+def _site_test(selector: Any, role: str) -> Callable[[Site], bool]:
+    if isinstance(selector, str):
+        return lambda site: any(fnmatch.fnmatchcase(name, selector) for name in lineage(site.name))
+    if isinstance(selector, re.Pattern):
+        return lambda site: selector.search(site.name) is not None
+    if isinstance(selector, type) and issubclass(selector, nn.Module):
+        return lambda site: any(isinstance(module, selector) for module in site.around)
+    if callable(selector):
+        return lambda site: bool(selector(site.name, site.module))
+    raise ConversionError(
+        f"{role}: expected a name pattern, a compiled regex, a module type or a function (name, module) -> bool, got {selector!r}"
+    )
+
+
+def _for_example(names: Sequence[str]) -> str:
+    return f"; layers are named like {', '.join(map(repr, names[:3]))}" if names else ""
