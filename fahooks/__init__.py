@@ -2,6 +2,7 @@
 
 from fahooks.adapters import register_adapter as register_adapter
 from fahooks.audit import audit as audit
+from fahooks.probes import probe as probe
 from fahooks.rules import Rule as Rule
 from fahooks.rules import list_rules as list_rules
 from fahooks.rules import register_rule as register_rule

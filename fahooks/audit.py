@@ -12,8 +12,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from fahooks import functional
+from fahooks.observation import as_found, edges, inputs_first, tensors, with_gradient
 from fahooks.plugins import InputError
 from fahooks.surgery import feedback_rules, lineage
 
@@ -99,7 +99,9 @@ class Findings:
         rows += [(f"unrouted {use.operation}", ", ".join(use.parameters), use.source) for use in self.unrouted]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        counts = f"{len(self.routed)} weights routed, {len(self.never_called)} never called, {len(self.unrouted)} unrouted operations"
+        counts = (
+            f"{len(self.routed)} weights routed, {len(self.never_called)} never called, {len(self.unrouted)} unrouted operations"
+        )
         return "\n".join([*lines, f"{'clean' if self.clean else 'not clean'}: {counts}"])
 
 
@@ -123,11 +125,11 @@ def audit(model: nn.Module, *example_inputs: Any, ignore: str | Iterable[str] = 
     Raises:
         InputError: no output of the model carries a gradient, as under torch.no_grad.
     """
-    with _as_found(model), torch.enable_grad(), torch.autograd.set_detect_anomaly(True, check_nan=False):
+    with as_found(model), torch.enable_grad(), torch.autograd.set_detect_anomaly(True, check_nan=False):
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-        args, options = pytree.tree_map(_with_gradient, (example_inputs, example_options))
-        outputs = [tensor.grad_fn for tensor in _tensors(model(*args, **options)) if tensor.grad_fn is not None]
+        args, options = pytree.tree_map(with_gradient, (example_inputs, example_options))
+        outputs = [tensor.grad_fn for tensor in tensors(model(*args, **options)) if tensor.grad_fn is not None]
     if not outputs:
         raise InputError(
             "nothing to audit: no output of the model carries a gradient; its forward pass must not run under torch.no_grad "
@@ -176,7 +178,7 @@ class _Graph:
             if parameter.dim() > 1:
                 self.matrices.add(name)
         self.made_of: dict[Node, frozenset[str] | None] = {}
-        for node in _inputs_first(outputs, _edges):
+        for node in inputs_first(outputs, edges):
             self.made_of[node] = self._made_of(node)
 
     def _made_of(self, node: Node) -> frozenset[str] | None:
@@ -185,24 +187,24 @@ class _Graph:
             return self.names.get(id(variable))
         if _is_core(node) or _operation(node) in LOOK_UPS:
             return None
-        parts = [self.made_of[edge] for edge in _edges(node)]
+        parts = [self.made_of[edge] for edge in edges(node)]
         return None if None in parts else frozenset().union(*(part for part in parts if part))
 
     def error_path(self) -> Iterator[Node]:
         """The nodes that the error passes, inputs first; those that only make a weight are not among them."""
-        return _inputs_first(self.outputs, self._error_edges)
+        return inputs_first(self.outputs, self._error_edges)
 
     def _error_edges(self, node: Node) -> list[Node]:
         if _is_core(node):
-            return _edges(node, slice(0, 1)) + _edges(node, slice(2, None))
+            return edges(node, slice(0, 1)) + edges(node, slice(2, None))
         weights = [operand for operand in self.operands(node) if self.made_of[operand]]
-        return [edge for edge in _edges(node) if edge not in weights]
+        return [edge for edge in edges(node) if edge not in weights]
 
     def operands(self, node: Node) -> list[Node]:
         """The operands of a linear operation that carry a gradient, none for other operations."""
         # Python's autograd functions are opaque; the core's are known.
         opaque = isinstance(node, BackwardCFunction)
-        return _edges(node, slice(None) if opaque else LINEAR_OPERATIONS.get(_operation(node), slice(0)))
+        return edges(node, slice(None) if opaque else LINEAR_OPERATIONS.get(_operation(node), slice(0)))
 
     def weight(self, node: Node) -> frozenset[str]:
         """The names of the parameters that the weight of a linear operation is made of; empty for other operations."""
@@ -212,24 +214,6 @@ class _Graph:
     def all_within(self, parameters: Iterable[str], patterns: Sequence[str]) -> bool:
         """Whether the patterns select every parameter, by one of its names."""
         return all(any(_within(name, patterns) for name in names) for names in self.names.values() if names & set(parameters))
-
-
-def _inputs_first(outputs: Sequence[Node], edges: Callable[[Node], Sequence[Node]]) -> Iterator[Node]:
-    """Every node that `edges` lead to from the outputs, each after those that its own edges lead to; no recursion: graphs are deep."""
-    entered: set[Node] = set()
-    stack = [(node, False) for node in reversed(outputs)]
-    while stack:
-        node, finished = stack.pop()
-        if finished:
-            yield node
-        elif node not in entered:
-            entered.add(node)
-            stack.append((node, True))
-            stack.extend((edge, False) for edge in reversed(edges(node)))
-
-
-def _edges(node: Node, which: slice = slice(None)) -> list[Node]:
-    return [edge for edge, _ in node.next_functions[which] if edge is not None]
 
 
 def _operation(node: Node) -> str:
@@ -261,37 +245,3 @@ def _source(node: Node) -> str:
 def _within(parameter: str, patterns: Iterable[str]) -> bool:
     """Whether one of the patterns selects a parameter or a module around it; the empty name is the whole model."""
     return any(not pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in lineage(parameter))
-
-
-def _with_gradient(value: Any) -> Any:
-    """A copy of a floating-point tensor that carries a gradient and, being no leaf, can be overwritten; else the value."""
-    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-        return value.detach().requires_grad_().clone()
-    return value
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in lists, tuples, mappings and dataclasses, at any depth."""
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif is_dataclass(leaf):
-            for field in fields(leaf):
-                yield from _tensors(getattr(leaf, field.name))
-
-
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Put requires_grad, buffers and random number generators back afterwards."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer.copy_(value)

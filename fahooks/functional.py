@@ -46,7 +46,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
-    """left @ right in the memory layout of `like`, whose gradient it is: as torch does it, to the last bit."""
+    """The product left @ right in the memory layout of `like`, whose gradient it is: as torch does it, to the last bit."""
     if like.stride(0) == 1 and like.stride(1) == like.shape[0]:
         return (right.t() @ left.t()).t()
     return left @ right

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fahooks.observation import as_found
 from fahooks.plugins import InputError
 from fahooks.surgery import CONVERTIBLE, backprop, feedback_layers
 
@@ -64,7 +65,7 @@ class Probe:
     @torch.no_grad()
     def _signs(self) -> dict[str, Tensor]:
         """Sign of every layer's effective weight; a parametrization that computes it may draw numbers or count calls."""
-        with _as_found(self.model):
+        with as_found(self.model):
             weights = {name: getattr(layer, "weight", None) for name, layer in self.layers.items()}
             return {name: weight.sign() for name, weight in weights.items() if isinstance(weight, Tensor)}
 
@@ -72,7 +73,7 @@ class Probe:
         """Gradient at every layer's output, and of every layer's weight, each flattened to one vector."""
         received: dict[str, list[Tensor]] = {}
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        with _as_found(self.model), _listening(self.layers, received), torch.enable_grad():
+        with as_found(self.model), _listening(self.layers, received), torch.enable_grad():
             value = loss()
             if value.numel() != 1 or not value.requires_grad:
                 raise InputError(
@@ -143,19 +144,3 @@ def _listening(layers: dict[str, nn.Module], received: dict[str, list[Tensor]]) 
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Put random number generators and buffers back afterwards."""
-    gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    before = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    with torch.random.fork_rng(devices=gpus):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, value in before:
-                    module._buffers[name] = buffer
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)

@@ -21,7 +21,13 @@ OPERATIONS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_
 
 
 def straight_through(
-    operation: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor, *args: Any, **kwargs: Any
+    operation: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    feedback: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     """One linear map or convolution by the surrogate.
 

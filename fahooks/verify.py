@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from fahooks.audit import _as_found, _edges, _inputs_first, _tensors, _with_gradient, audit
+from fahooks.audit import audit
+from fahooks.observation import as_found, edges, inputs_first, tensors, with_gradient
 from fahooks.surgery import feedback_rules
 
 
@@ -190,7 +191,7 @@ def _effective(model: nn.Module, inputs: Sequence[Any], rules: Mapping[str, nn.M
         results = [tensor for tensor in _run(model, inputs) if tensor.requires_grad]
         if not results:
             return {}
-        graph = list(_inputs_first([tensor.grad_fn for tensor in results if tensor.grad_fn is not None], _edges))
+        graph = list(inputs_first([tensor.grad_fn for tensor in results if tensor.grad_fn is not None], edges))
         asked, below = _backward(results, graph, rules, another=False)
         _, below_another = _backward(results, graph, rules, another=True)
     effective: dict[str, bool] = {}
@@ -252,13 +253,13 @@ def _changed(before: Tensor | None, after: Tensor | None) -> bool:
 
 def _run(model: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
     torch.manual_seed(0)
-    return list(_tensors(model(*map(_with_gradient, inputs))))
+    return list(tensors(model(*map(with_gradient, inputs))))
 
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[None]:
     """Record gradients for every parameter, and leave the model and the random number generators as found."""
-    with _as_found(model), torch.enable_grad():
+    with as_found(model), torch.enable_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         yield

@@ -83,6 +83,8 @@ def _choice(rule: Any, options: Mapping[str, Any]) -> Choice:
         raise ConversionError(
             f"rule must be a name, a Rule class or a function, got the module {type(rule).__name__}: pass its class"
         )
+    if isinstance(rule, type):
+        raise ConversionError(f"rule must be a name, a Rule class or a function, got the class {rule.__name__}, which is no Rule")
     if callable(rule):
         if options:
             raise ConversionError(f"a function has no options, got {', '.join(options)}")

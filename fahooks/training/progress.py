@@ -12,7 +12,7 @@ class Display:
     """A progress bar over the steps of a run where `console` is a terminal, and plain lines.
 
     Arguments:
-        title: what runs.
+        title: the name of what runs; its last part is shown.
         console: where to show it.
         steps: how many there are.
         done: how many of them an earlier sitting took.
@@ -22,16 +22,18 @@ class Display:
         self.console = console
         self.bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("epoch {task.fields[epoch]}  loss {task.fields[loss]:.4f}  error {task.fields[error]:.2f} %"),
+            TextColumn("epoch {task.fields[epoch]} loss {task.fields[loss]:.3f} error {task.fields[error]:.2f} %"),
+            BarColumn(bar_width=None),
             TextColumn("{task.fields[speed]:,.0f} images/s"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
             console=console,
             disable=not console.is_terminal,
             transient=True,
+            expand=True,
         )
-        self.task = self.bar.add_task(title, total=steps, completed=done, epoch="-", loss=0.0, error=0.0, speed=0.0)
+        self.task = self.bar.add_task(
+            title.rpartition("/")[2], total=steps, completed=done, epoch="-", loss=0.0, error=0.0, speed=0.0
+        )
 
     def __enter__(self) -> Display:
         self.bar.start()

@@ -1,0 +1,145 @@
+"""Checking: what pydantic and the registries find wrong, put into words with the place where it was written."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import ErrorDetails
+
+from fahooks import models, plugins
+from fahooks.plugins import InputError, near
+from fahooks.recipe.tree import ABSENT, Key, Tree, child_of, shown
+
+
+def add_schema_problems(
+    tree: Tree, error: ValidationError, schema: type[BaseModel], at: Key, unknown: str = "unknown key"
+) -> None:
+    """Put what pydantic found into words, one problem a key."""
+    found: dict[Key, list[str]] = {}
+    for detail in error.errors():
+        key = _locate(tree, detail, at)
+        if detail["type"] == "extra_forbidden":
+            words = unknown + near(str(key[-1]), _fields(tree, schema, key[:-1], at))
+        else:
+            words = _worded(detail)
+        found.setdefault(key, []).append(words)
+    for key, wordings in found.items():
+        unique = list(dict.fromkeys(wordings))
+        text = " or ".join([unique[0], *(w.removeprefix("must be ") for w in unique[1:])])
+        value = tree.get(key)
+        got = "" if text.startswith("is missing") else f" (got {shown(value)})"
+        text, dash, hint = text.partition(" - did you mean")
+        tree.problem(key, f"{text}{got}{dash}{hint}")
+
+
+def _locate(tree: Tree, detail: ErrorDetails, at: Key) -> Key:
+    """The key in the tree that pydantic means: its own location also has the branch of a union that it tried."""
+    key = at
+    value = tree.get(at) if at else tree.data
+    for part in detail["loc"]:
+        child = child_of(value, part)
+        if child is not ABSENT:
+            key, value = (*key, part), child
+    if detail["type"] == "missing":
+        key = (*key, detail["loc"][-1])
+    if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        key = (*key, "name")
+    return key
+
+
+def _worded(detail: ErrorDetails) -> str:
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind in ("missing", "union_tag_not_found"):
+        return "is missing"
+    if kind == "union_tag_invalid":
+        choices = re.findall(r"'([^']*)'", context["expected_tags"])
+        return f"must be one of {', '.join(map(repr, choices))}" + near(str(context["tag"]), choices)
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        return f"must be {context['expected']}" + near(str(detail["input"]), choices)
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return "must be a mapping of keys to values"
+    if kind == "string_pattern_mismatch":
+        return "must be words of letters, digits, '.', '_' and '-', joined by '/'"
+    return detail["msg"].replace("Input should be", "must be").replace("Input should", "must")
+
+
+def _fields(tree: Tree, schema: type[BaseModel], section: Key, at: Key) -> list[str]:
+    """The keys that `section` may have."""
+    inside = section[len(at) :]
+    if not inside:
+        return sorted(schema.model_fields)
+    annotation = schema.model_fields[str(inside[0])].annotation
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if inspect.isclass(kind) and issubclass(kind, BaseModel)]
+    chosen = tree.get((*section, "name"))
+    named = [kind for kind in kinds if "name" in kind.model_fields and chosen in get_args(kind.model_fields["name"].annotation)]
+    return sorted({name for kind in named or kinds for name in kind.model_fields})
+
+
+def check_names(tree: Tree) -> None:
+    """Check registered names and the options beside them."""
+    _check(tree, ("data", "dataset"), plugins.datasets)
+    if tree.get(("data", "loader")) != "auto":
+        _check(tree, ("data", "loader"), plugins.loaders)
+    name = tree.get(("model", "name"))
+    if isinstance(name, str) and name in plugins.models:
+        _check_options(tree, ("model",), plugins.models.get(name), own={"name"})
+    elif isinstance(name, str):
+        _try(tree, ("model", "name"), lambda: models.check(name))
+    feedback = tree.get(("feedback",))
+    for index, entry in enumerate(feedback if isinstance(feedback, list) else []):
+        _check_feedback(tree, ("feedback", index), entry)
+
+
+def _check_feedback(tree: Tree, key: Key, entry: Any) -> None:
+    rule = _check(tree, (*key, "rule"), plugins.rules)
+    if rule is not None and _check_options(tree, key, rule, own={"match", "rule"}):
+        _try(tree, key, lambda: rule.build(**{k: v for k, v in entry.items() if k not in ("match", "rule")}))
+    match = tree.get((*key, "match")) or "*"
+    for index in range(int(key[-1])):
+        if (tree.get(("feedback", index, "match")) or "*") == match:
+            problem = f"feedback.{index} has this pattern already, and the first match wins (got {shown(match)})"
+            tree.problem((*key, "match"), problem)
+
+
+def _check(tree: Tree, key: Key, registry: plugins.Registry) -> plugins.Entry | None:
+    name = tree.get(key)
+    if not isinstance(name, str):
+        return None
+    found: list[plugins.Entry] = []
+    _try(tree, key, lambda: found.append(registry.get(name)))
+    return found[0] if found else None
+
+
+def _try(tree: Tree, key: Key, check: Any) -> None:
+    try:
+        check()
+    except InputError as error:
+        tree.problem(key, str(error))
+
+
+def _check_options(tree: Tree, section: Key, entry: plugins.Entry, own: set[str]) -> bool:
+    """Check names and types of the options in `section` by the signature of what `entry` names; True if all are right."""
+    options = {k: v for k, v in tree.get(section).items() if k not in own}
+    schema = _options_schema(entry)
+    try:
+        schema.model_validate(options)
+    except ValidationError as error:
+        add_schema_problems(tree, error, schema, section, unknown=f"{entry.kind} {entry.name!r} has no such option")
+        return False
+    return True
+
+
+def _options_schema(entry: plugins.Entry) -> type[BaseModel]:
+    target = entry.target.__init__ if inspect.isclass(entry.target) else entry.target
+    hints = get_type_hints(target)
+    fields: dict[str, Any] = {}
+    for name, default in entry.options.items():
+        hint = hints.get(name, Any)
+        hint = Annotated[hint, Field(strict=False)] if get_origin(hint) in (tuple, set, frozenset) else hint
+        fields[name] = (hint, ... if default is inspect.Parameter.empty else default)
+    config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=())
+    return create_model(f"options of {entry.name}", __config__=config, **fields)

@@ -1,0 +1,87 @@
+"""Loading: a recipe by name or file, whole and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from pydantic import ValidationError
+
+from fahooks.plugins import InputError
+from fahooks.recipe.checking import add_schema_problems, check_names
+from fahooks.recipe.reading import Source, add_file, add_override, all_names, find_beside
+from fahooks.recipe.schema import Recipe
+from fahooks.recipe.tree import Tree
+
+
+class RecipeError(InputError):
+    """A recipe is wrong: the message has one line for each problem.
+
+    Arguments:
+        problems: the lines.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A row of `fahooks ls recipes`."""
+
+    name: str
+    summary: str
+    paper: str
+
+
+def find(name: str) -> Source:
+    """The recipe that `name` stands for: a file, or a shipped recipe such as mnist/fa.
+
+    Raises:
+        InputError: neither, or the file can not be read.
+    """
+    return find_beside(name, beside=None)
+
+
+def load(source: Source | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, its bases and `overrides`, and check all of it.
+
+    Arguments:
+        source: what `find` returned, or a name for it.
+        overrides: "dotted.key=value" each, the value in YAML; later ones win.
+
+    Raises:
+        RecipeError: every problem in it, one a line.
+        InputError: the recipe does not exist.
+    """
+    tree = Tree()
+    add_file(tree, find(source) if isinstance(source, str) else source, ())
+    for override in overrides:
+        add_override(tree, override)
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate(tree.data)
+    except ValidationError as error:
+        add_schema_problems(tree, error, Recipe, ())
+    check_names(tree)
+    if tree.problems or recipe is None:
+        raise RecipeError(list(dict.fromkeys(tree.problems)))
+    return recipe
+
+
+def list_recipes() -> list[Shipped]:
+    """The shipped recipes, sorted by name."""
+    return [_describe(name) for name in shipped_names()]
+
+
+def shipped_names() -> list[str]:
+    """The names that `find` knows without a file, sorted; bases, whose folder begins with an underscore, are left out."""
+    return sorted(name for name in all_names(resources.files("fahooks.recipes"), "") if not name.startswith("_"))
+
+
+def _describe(name: str) -> Shipped:
+    recipe = load(name)
+    paper = f"Table {recipe.paper.table}, {recipe.paper.row}: {recipe.paper.error} %" if recipe.paper else ""
+    return Shipped(name, recipe.summary, paper)

@@ -1,0 +1,176 @@
+"""The schema: what a recipe may say."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from fahooks.data.datasets import default_root
+
+
+class Section(BaseModel):
+    """A mapping in a recipe: fixed keys, strict types, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class OpenSection(Section):
+    """A section with the options of a registered thing beside its own keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options, as given."""
+        return dict(self.model_extra or {})
+
+
+Count = Annotated[int, Field(gt=0)]
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+Positive = Annotated[float, Field(gt=0)]
+
+NonNegative = Annotated[float, Field(ge=0)]
+
+Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
+
+
+class Model(OpenSection):
+    """The network: a registered name, timm/NAME or torchvision/NAME, with its options."""
+
+    name: str
+
+
+class Feedback(OpenSection):
+    """Which rule sends the error back through which layers, with the rule's options."""
+
+    match: str = "*"
+    rule: str
+
+
+class Data(Section):
+    """What to train on.
+
+    Arguments:
+        dataset: a registered dataset.
+        root: the folder that holds datasets on disk.
+        download: fetch missing files.
+        loader: a registered loader, or "auto".
+        batch_size: images a step.
+        validation: how many training images choose the best epoch: a number, or a fraction.
+        limit: use at most this many training images, validation included.
+    """
+
+    dataset: str
+    root: str = Field(default_factory=default_root)
+    download: bool = True
+    loader: str = "auto"
+    batch_size: Count
+    validation: Count | Fraction
+    limit: Count | None = None
+
+
+class Adam(Section):
+    """Adam (Kingma, Ba 2014); weight decay is an L2 term in the gradient."""
+
+    name: Literal["adam"]
+    lr: Positive
+    weight_decay: NonNegative = 0.0
+    betas: Betas = (0.9, 0.999)
+
+
+class AdamW(Section):
+    """AdamW (Loshchilov, Hutter 2019); weight decay shrinks the weights directly."""
+
+    name: Literal["adamw"]
+    lr: Positive
+    weight_decay: NonNegative = 0.01
+    betas: Betas = (0.9, 0.999)
+
+
+class SGD(Section):
+    """Stochastic gradient descent; weight decay is an L2 term in the gradient."""
+
+    name: Literal["sgd"]
+    lr: Positive
+    weight_decay: NonNegative = 0.0
+    momentum: NonNegative = 0.0
+    nesterov: bool = False
+
+
+class Constant(Section):
+    """The learning rate stays."""
+
+    name: Literal["constant"] = "constant"
+
+
+class Step(Section):
+    """The learning rate is multiplied by `gamma` after every `every` epochs."""
+
+    name: Literal["step"]
+    every: Count
+    gamma: Positive
+
+
+class Cosine(Section):
+    """The learning rate falls to zero along half a cosine."""
+
+    name: Literal["cosine"]
+
+
+class Train(Section):
+    """How to train.
+
+    Arguments:
+        epochs: passes over the training images.
+        precision: "fp32", or "bf16" for autocast to bfloat16.
+        channels_last: that memory format for model and images.
+        compile: run the model through torch.compile.
+        device: "auto" takes the first GPU where there is one.
+        threads: CPU threads for torch; None leaves them alone.
+    """
+
+    epochs: Count
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = None
+
+
+class Probes(Section):
+    """Measurements of the learning signals: every how many steps, None for never."""
+
+    every: Count | None = None
+
+
+class Paper(Section):
+    """The published number that the recipe reproduces: test error in percent."""
+
+    table: int
+    row: str
+    column: str
+    error: NonNegative
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
+    summary: str = ""
+    paper: Paper | None = None
+    model: Model
+    feedback: Annotated[list[Feedback], Field(min_length=1)]
+    data: Data
+    optim: Annotated[Adam | AdamW | SGD, Field(discriminator="name")]
+    schedule: Annotated[Constant | Step | Cosine, Field(discriminator="name")] = Constant()
+    train: Train
+    probes: Probes = Probes()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    def as_yaml(self) -> str:
+        """The recipe with every default written out: running it again is the same run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=130)

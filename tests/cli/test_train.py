@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fahooks.cli import main
+
+SMALL = [f"--set={o}" for o in ("data.limit=120", "train.epochs=1", "train.device=cpu", "probes.every=1")]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run the command in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def go(*arguments: str) -> Result:
+        return CliRunner().invoke(main, list(arguments))
+
+    return go
+
+
+def test_train_ends_with_the_test_error_and_the_place(run):
+    done = run("train", "quickstart", *SMALL, "--out", "here")
+    assert done.exit_code == 0, done.output
+    *epochs, last = done.output.splitlines()
+    assert epochs[-1].startswith("epoch 1/1")
+    assert last.startswith("quickstart: test error ") and last.endswith("in here")
+    assert json.loads(Path("here/status.json").read_text())["state"] == "finished"
+
+
+def test_a_wrong_recipe_prints_all_its_problems_and_exits_2(run):
+    Path("r.yaml").write_text("base: quickstart\nname: mine\noptim: {lr: fast}\ntrian: {}\n")
+    done = run("train", "r.yaml", "--set", "seed=x")
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == [
+        "fahooks: r.yaml:3: optim.lr: must be a valid number (got 'fast')",
+        "--set: seed: must be a valid integer (got 'x')",
+        "r.yaml:4: trian: unknown key (got {}) - did you mean 'train'?",
+    ]
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "fahooks: name a recipe, such as mnist/fa"),
+        (["train", "mnist/fb"], "fahooks: no recipe is named 'mnist/fb'"),
+        (["train", "mnist/fa", "--resume", "x"], "fahooks: --resume takes everything from the run directory"),
+        (["train", "--resume", "x", "--set", "seed=1"], "fahooks: --resume takes everything from the run directory"),
+        (["train", "--resume", "absent"], "fahooks: 'absent' is no run directory"),
+        (
+            ["train", "mnist/fa", "--set", "data.root=nowhere", "--set", "data.download=false"],
+            "fahooks: mnist is not at nowhere/MNIST/raw/",
+        ),
+        (["quickstart", "--set", "feedback=[]"], "fahooks: quickstart compares bp, fa, usf_sn"),
+        (["quickstart", "--set", "data.dataset=digit"], "fahooks: --set: data.dataset: no dataset is named 'digit'"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_line_and_exit_2(run, arguments: list[str], message: str):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(message)
+    assert not list(Path().iterdir())
+
+
+def test_quickstart_prints_a_table_and_saves_a_figure(run):
+    done = run("quickstart", *SMALL)
+    assert done.exit_code == 0, done.output
+    assert "scikit-learn" in done.output.splitlines()[0]
+    rows = [line.split()[0] for line in done.output.splitlines() if line.startswith("  ") and "%" in line]
+    assert rows == ["bp", "fa", "usf_sn"]
+    assert "angle conv1" in done.output and "0.0°" in done.output
+    assert Path("runs/quickstart-1/quickstart.png").stat().st_size > 10_000
+    assert done.output.splitlines()[-1] == "figure runs/quickstart-1/quickstart.png, runs in runs/quickstart-1"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on_and_does(stop: signal.Signals, tmp_path: Path):
+    command = [sys.executable, "-m", "fahooks", "train"]
+    start = [*command, "quickstart", "--set=train.epochs=1000", "--set=train.device=cpu", "--set=data.limit=200", "--out", "here"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(start, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("epoch 2/"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors.splitlines() == ["fahooks: stopped; go on with `fahooks train --resume here`"]
+    status = json.loads((tmp_path / "here" / "status.json").read_text())
+    assert (status["state"], status["resume"]) == ("interrupted", "fahooks train --resume here")

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fahooks
+from fahooks import plugins
+from fahooks.rules import FunctionRule, Rule, list_rules, register_rule
+from fahooks.surgery import feedback_rules
+
+WITH_STATE = [("fa", "matrix"), ("usf_init", "magnitude")]
+
+
+class Counted(Rule):
+    """B = step x W, where the step counts the times that it was asked for; a rule with state that is not random."""
+
+    step: Tensor
+
+    def __init__(self, *, start: int = 0) -> None:
+        super().__init__()
+        self.start = start
+
+    def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
+        self.register_buffer("step", weight.new_tensor(self.start))
+        self.fans = fan_in, fan_out
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.step += 1
+        return self.step * weight
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4, 3))
+
+
+def buffers(net: nn.Module, name: str) -> dict[str, Tensor]:
+    return {layer: rule.get_buffer(name) for layer, rule in feedback_rules(net).items()}
+
+
+def test_the_rules_of_the_package_are_listed() -> None:
+    assert {"bp", "sham", "fa", "usf", "usf_init", "usf_sn"} <= set(list_rules())
+    for entry in plugins.rules:
+        assert entry.summary and entry.paper, f"{entry.name} does not describe itself"
+
+
+def test_a_rule_that_maps_nothing_says_what_is_missing() -> None:
+    with pytest.raises(NotImplementedError, match=r"Empty must implement forward\(weight\)"):
+        type("Empty", (Rule,), {})()(torch.ones(2, 2))
+
+
+def test_a_rule_of_ones_own_by_name_and_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins.rules, "_entries", dict(plugins.rules._entries))
+    register_rule("test_counted", paper="none")(Counted)
+    forms: list[tuple[Any, dict[str, Any]]] = [
+        ("test_counted", {"start": 2}),
+        (Counted, {"start": 2}),
+        ({"rule": "test_counted", "start": 2}, {}),
+    ]
+    for rule, options in forms:
+        layer = nn.Linear(3, 2)
+        fahooks.convert(layer, rule, **options)
+        x = torch.randn(1, 3, requires_grad=True)
+        for step in (3, 4):
+            (gradient,) = torch.autograd.grad(layer(x).sum(), x)
+            torch.testing.assert_close(gradient, step * layer.weight.sum(0, keepdim=True))
+        assert feedback_rules(layer)[""].fans == (3, 2)
+    assert "test_counted" in list_rules()
+
+
+def test_a_function_of_the_weight_is_a_rule() -> None:
+    rule = FunctionRule(torch.sign)
+    assert torch.equal(rule(torch.tensor([[-2.0, 3.0]])), torch.tensor([[-1.0, 1.0]]))
+    assert repr(rule) == "FunctionRule(sign)"
+
+
+@pytest.mark.parametrize(("rule", "name"), WITH_STATE)
+def test_state_depends_on_seed_and_layer_name_alone(rule: str, name: str) -> None:
+    whole, part, otherwise = model(), model(), model()
+    fahooks.convert(whole, rule, seed=1)
+    torch.manual_seed(5)
+    fahooks.convert(part, {"3": rule, "1": rule}, seed=1)
+    fahooks.convert(otherwise, rule, seed=2)
+    expected = buffers(whole, name)
+    assert buffers(part, name).keys() == {"1", "3"}
+    for layer, found in buffers(part, name).items():
+        assert torch.equal(found, expected[layer])
+        assert not torch.equal(found, buffers(otherwise, name)[layer]), "control: the seed changes nothing"
+
+
+def test_layers_of_one_shape_have_different_feedback() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    fahooks.convert(net)
+    first, second = buffers(net, "matrix").values()
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("rule", "name"), WITH_STATE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_state_is_the_same_in_every_precision(rule: str, name: str, dtype: torch.dtype) -> None:
+    single, other = model(), model().to(dtype)
+    fahooks.convert(single, rule)
+    fahooks.convert(other, rule)
+    for layer, state in buffers(other, name).items():
+        assert state.dtype == dtype
+        assert torch.equal(state, buffers(single, name)[layer].to(dtype))
+
+
+@pytest.mark.parametrize(("rule", "name"), WITH_STATE)
+def test_state_is_the_same_in_every_memory_format(rule: str, name: str) -> None:
+    contiguous, channels_last = model(), model().to(memory_format=torch.channels_last)
+    fahooks.convert(contiguous, rule)
+    fahooks.convert(channels_last, rule)
+    state = buffers(channels_last, name)["0"]
+    assert torch.equal(state, buffers(contiguous, name)["0"])
+    assert state.is_contiguous(memory_format=torch.channels_last) and not state.is_contiguous()
+
+
+@pytest.mark.parametrize(("rule", "name"), WITH_STATE)
+def test_state_is_kept_by_checkpoints(rule: str, name: str) -> None:
+    source, target = model(), model()
+    fahooks.convert(source, rule, seed=1)
+    fahooks.convert(target, rule, seed=2)
+    before = copy.deepcopy(buffers(target, name))
+    target.load_state_dict(model().state_dict(), strict=True)
+    assert all(torch.equal(state, before[layer]) for layer, state in buffers(target, name).items())
+    target.load_state_dict(source.state_dict(), strict=True)
+    assert all(torch.equal(state, buffers(source, name)[layer]) for layer, state in buffers(target, name).items())
+    assert not torch.equal(before["0"], buffers(target, name)["0"]), "control: both seeds draw the same"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda key: key.replace("matrix", "matirx"), "Missing key.*0.feedback.matrix"),
+        (lambda key: key.replace("feedback", "backfeed"), "Unexpected key.*0.backfeed.matrix"),
+    ],
+    ids=["a wrong buffer of a rule", "a rule where there is none"],
+)
+def test_a_checkpoint_with_wrong_state_is_refused(change: Any, message: str) -> None:
+    net = model()
+    fahooks.convert(net, include="0")
+    state = {change(key): value for key, value in net.state_dict().items()}
+    with pytest.raises(RuntimeError, match=f"(?s){message}"):
+        net.load_state_dict(state, strict=True)

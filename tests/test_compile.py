@@ -1,0 +1,182 @@
+"""torch.compile, always with fullgraph=True: one graph break would be an error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import fahooks
+
+Learn = Callable[..., Any]
+M = TypeVar("M", bound=nn.Module)
+
+ALL_RULES = {"0": "sham", "2": "usf", "4": "usf_init", "7": "usf_sn", "9": "fa"}
+
+
+class Attention(nn.MultiheadAttention):
+    """A signal attends to the first half of itself: the packed projection is split in two."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(x, x[:, :2], x[:, :2], need_weights=False)[0]
+
+
+class Attentions(nn.Module):
+    """Every way in which attention splits its packed projection, and separate projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.memory = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.three = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.separate = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(x)
+        memory = x[:, :3]
+        x = x + self.memory(x, memory, memory, need_weights=False)[0]
+        x = x + self.three(x, memory, memory.tanh())[0]
+        return x + self.separate(x, memory[..., :6], memory[..., :6])[0]
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, padding=1),
+        nn.BatchNorm2d(6),
+        nn.Conv2d(6, 6, 2, padding="same", groups=2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(6, 2, 3, stride=2, output_padding=1),
+        nn.Flatten(),
+        nn.GELU(),
+        nn.Linear(200, 8, bias=False),
+        nn.Tanh(),
+        nn.Linear(8, 3),
+    )
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def pair(make: Callable[[], M], rule: Any) -> tuple[M, M]:
+    torch.manual_seed(0)
+    plain = make()
+    converted = copy.deepcopy(plain)
+    fahooks.convert(converted, rule)
+    return plain, converted
+
+
+def assert_compiles(learn: Learn, plain: nn.Module, converted: nn.Module, x: Tensor, backend: str) -> None:
+    eager = learn(copy.deepcopy(converted), x)
+    converted.compile(fullgraph=True, backend=backend)
+    compiled = learn(converted, x)
+    torch.testing.assert_close(compiled.outputs, eager.outputs)
+    torch.testing.assert_close(compiled.gradients, eager.gradients, rtol=1e-4, atol=1e-4)
+    assert eager.distance(learn(plain, x)) > 0.05, "control: backpropagation gives the same"
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_inductor_gives_the_gradients_of_eager(learn: Learn) -> None:
+    """One network with every rule: compilation takes its time."""
+    plain, converted = pair(convolutions, ALL_RULES)
+    assert_compiles(learn, plain, converted, torch.randn(2, 3, 8, 8), "inductor")
+
+
+def test_inductor_gives_the_gradients_of_eager_attention(learn: Learn) -> None:
+    plain, converted = pair(lambda: Attention(8, 2, batch_first=True), "fa")
+    assert_compiles(learn, plain, converted, torch.randn(2, 5, 8), "inductor")
+
+
+# The rest is about what dynamo and aot_autograd trace; these two backends generate no code, and are quick.
+
+
+@pytest.mark.parametrize("rule", ["fa", {"*_proj*": "usf_sn", "*": "usf_init"}], ids=["fa", "sign rules"])
+def test_every_use_of_a_projection_is_traced(learn: Learn, rule: Any) -> None:
+    plain, converted = pair(Attentions, rule)
+    assert_compiles(learn, plain, converted, torch.randn(2, 5, 8), "aot_eager")
+
+
+def test_one_compilation_serves_the_live_weight() -> None:
+    compilations: list[Any] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compilations.append(graph)
+        return graph.forward
+
+    _, model = pair(lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), "usf_sn")
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    gradients: list[tuple[Tensor, Tensor]] = []
+    for _ in range(2):
+        x = torch.ones(5, 4, requires_grad=True)
+        gradients.append((torch.autograd.grad(compiled(x).sum(), x)[0], torch.autograd.grad(model(x).sum(), x)[0]))
+        with torch.no_grad():
+            model.get_parameter("0.weight").neg_()
+    for found, expected in gradients:
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients[0][0], -gradients[1][0])
+    assert len(compilations) == 1
+
+
+def test_layers_of_one_class_share_their_compilation() -> None:
+    """A class for each instance would be guarded against, and compiled anew for each."""
+    compilations: list[Any] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compilations.append(graph)
+        return graph.forward
+
+    _, model = pair(lambda: nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]), "fa")
+    for layer in model:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, backend=count)
+    model(torch.ones(5, 4, requires_grad=True)).sum().backward()
+    assert len(compilations) <= 2
+
+
+def test_a_compiled_model_notices_conversion_backprop_and_revert(learn: Learn) -> None:
+    plain, model = pair(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), "fa")
+    fahooks.revert(model)
+    model.compile(fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 4)
+    true = learn(plain, x)
+    learn(model, x).assert_same_bits(true)
+    fahooks.convert(model, "fa")
+    assert learn(model, x).distance(true) > 0.05
+    with fahooks.backprop(model):
+        learn(model, x).assert_same_bits(true)
+    assert learn(model, x).distance(true) > 0.05
+    fahooks.revert(model)
+    learn(model, x).assert_same_bits(true)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, parametrizations.weight_norm])
+def test_normalised_layers_are_traced(learn: Learn, norm: Callable[[nn.Module], nn.Module]) -> None:
+    plain, converted = pair(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), norm(nn.Linear(3, 2))).eval(), "fa")
+    assert_compiles(learn, plain, converted, torch.randn(5, 4), "aot_eager")
+
+
+def test_autocast_is_traced(learn: Learn) -> None:
+    _, converted = pair(lambda: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)), "usf_init")
+    twin = copy.deepcopy(converted)
+    twin.compile(fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 8)
+    expected, found = (learn(m, x, around=lambda: torch.autocast("cpu", torch.bfloat16)) for m in (converted, twin))
+    torch.testing.assert_close(found.outputs, expected.outputs, rtol=0, atol=0)
+    assert found.outputs[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found.gradients, expected.gradients, rtol=1e-2, atol=1e-2)
+
+
+def test_dynamic_shapes_are_traced(learn: Learn) -> None:
+    _, converted = pair(convolutions, {"2": "bp", **ALL_RULES})
+    twin = copy.deepcopy(converted)
+    twin.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (2, 3, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        torch.testing.assert_close(learn(twin, x).gradients, learn(converted, x).gradients, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fahooks import models
+from fahooks.plugins import InputError, UnknownName
+
+
+def test_paper_mnist_is_the_network_of_supplementary_table_2():
+    model = models.build("paper/mnist")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name.endswith("weight")}
+    assert shapes == {
+        "conv1.weight": (32, 1, 5, 5),
+        "conv2.weight": (64, 32, 5, 5),
+        "dense.weight": (1024, 3136),
+        "output.weight": (10, 1024),
+    }
+    assert model(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
+
+
+def test_paper_mnist_computes_what_its_table_says():
+    torch.manual_seed(0)
+    model = models.build("paper/mnist").eval()
+    c1, c2, d, o = (model.get_submodule(name) for name in ("conv1", "conv2", "dense", "output"))
+    pool = nn.MaxPool2d(2, stride=2)
+    plain = nn.Sequential(c1, nn.ReLU(), pool, c2, nn.ReLU(), pool, nn.Flatten(), d, nn.ReLU(), nn.Dropout(0.5), o).eval()
+    x = torch.randn(2, 1, 28, 28)
+    assert torch.equal(model(x), plain(x))
+    torch.manual_seed(1)
+    dropped = model.train()(x)
+    torch.manual_seed(1)
+    assert torch.equal(dropped, plain.train()(x))
+    assert not torch.equal(dropped, plain.eval()(x))
+
+
+def test_fan_in_initialisation_has_variance_one_over_n_in_and_zero_biases():
+    torch.manual_seed(0)
+    model = models.build("paper/mnist", init="fan_in")
+    for name, n_in in {"conv1": 25, "conv2": 800, "dense": 3136, "output": 1024}.items():
+        weight = model.get_parameter(f"{name}.weight")
+        # The standard error of a variance estimated from n normal numbers is sqrt(2/n) of it.
+        assert abs(weight.var().item() * n_in - 1) < 5 * math.sqrt(2 / weight.numel()), name
+        assert not model.get_parameter(f"{name}.bias").any()
+
+
+def test_default_initialisation_is_torchs():
+    torch.manual_seed(0)
+    model = models.build("paper/mnist", init="default")
+    torch.manual_seed(0)
+    assert torch.equal(model.get_parameter("conv1.weight"), nn.Conv2d(1, 32, 5).weight)
+
+
+@pytest.mark.parametrize(("size", "channels", "classes"), [(8, 1, 10), (32, 3, 7), (30, 2, 2)])
+def test_paper_mnist_fits_other_images(size: int, channels: int, classes: int):
+    model = models.build_for_images("paper/mnist", (channels, size, size), classes)
+    assert model(torch.zeros(1, channels, size, size)).shape == (1, classes)
+    assert models.input_size(model, "paper/mnist") == (channels, size, size)
+
+
+def test_options_of_the_user_come_before_what_the_images_suggest():
+    assert models.build_for_images("paper/mnist", (1, 28, 28), 10, classes=26)(torch.zeros(1, 1, 28, 28)).shape == (1, 26)
+
+
+def test_images_too_small_to_pool_are_refused():
+    with pytest.raises(InputError, match="at least 4x4.*image_size=3"):
+        models.build("paper/mnist", image_size=3)
+
+
+def test_timm_models_have_their_own_input_size_and_fit_images():
+    model = models.build("timm/test_resnet.r160_in1k", num_classes=5)
+    shape = models.input_size(model, "timm/test_resnet")
+    assert shape == (3, 160, 160)
+    assert model(torch.zeros(1, *shape)).shape == (1, 5)
+    assert models.build_for_images("timm/test_resnet", (1, 32, 32), 4).eval()(torch.zeros(1, 1, 32, 32)).shape == (1, 4)
+
+
+@pytest.mark.parametrize(("name", "side"), [("squeezenet1_1", 224), ("vit_b_16", 224)])
+def test_torchvision_models_have_the_input_size_they_were_made_for(name: str, side: int):
+    with torch.device("meta"):
+        model = models.build(f"torchvision/{name}")
+    assert models.input_size(model, f"torchvision/{name}") == (3, side, side)
+
+
+def test_torchvision_backbones_are_not_downloaded():
+    with torch.device("meta"):
+        model = models.build("torchvision/lraspp_mobilenet_v3_large")
+    with pytest.raises(InputError, match="input shape of 'torchvision/lraspp_mobilenet_v3_large' is not known"):
+        models.input_size(model, "torchvision/lraspp_mobilenet_v3_large")
+
+
+@pytest.mark.parametrize(
+    ("spec", "near"),
+    [
+        ("paper/mnits", "'paper/mnist'"),
+        ("timm/resnet5", "'resnet50'"),
+        ("torchvision/resnet51", "'resnet50'"),
+        ("resnet50", "'timm/resnet50'"),
+    ],
+)
+def test_unknown_names_are_one_line_with_near_misses(spec: str, near: str):
+    for look_up in (models.build, models.check):
+        with pytest.raises(UnknownName) as caught:
+            look_up(spec)
+        assert near in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["paper/mnist", "timm/resnet50", "timm/resnet50.a1_in1k", "torchvision/resnet50"])
+def test_known_names_pass_the_check(spec: str):
+    models.check(spec)
+
+
+def test_options_that_a_model_does_not_take_are_named():
+    with pytest.raises(InputError, match="no option 'clases' - did you mean 'classes'"):
+        models.build("paper/mnist", clases=3)
+    with pytest.raises(InputError, match=r"'timm/test_resnet' could not be built with nonsense=3: TypeError"):
+        models.build("timm/test_resnet", nonsense=3)
+
+
+FACTORY = """
+from torch import nn
+def small(width=4):
+    model = nn.Linear(width, 2)
+    model.input_size = (width,)
+    return model
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> Path:
+    path = tmp_path / "nets.py"
+    path.write_text(FACTORY)
+    return path
+
+
+def test_a_factory_in_a_file_builds_a_model(factory: Path):
+    model = models.build(f"{factory}:small", width=6)
+    assert isinstance(model, nn.Linear)
+    assert models.input_size(model, f"{factory}:small") == (6,)
+
+
+def test_what_is_wrong_with_a_factory_is_said(factory: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="no function 'smal' - did you mean 'small'"):
+        models.build(f"{factory}:smal")
+    with pytest.raises(InputError, match="returned a int, not a torch.nn.Module"):
+        models.build(f"{factory}:nothing")
+    with pytest.raises(InputError, match="there is no file"):
+        models.build(f"{tmp_path}/absent.py:small")
+    (tmp_path / "broken.py").write_text("import no_such_module_anywhere")
+    with pytest.raises(InputError, match="importing .* failed: ModuleNotFoundError"):
+        models.build(f"{tmp_path}/broken.py:small")
+    with pytest.raises(UnknownName, match="is a file"):
+        models.check(f"{factory}:small")
+
+
+def test_a_model_that_does_not_say_its_input_size_is_an_error(factory: Path):
+    with pytest.raises(InputError, match=r"give the model an attribute, model.input_size"):
+        models.input_size(nn.Linear(2, 2), f"{factory}:small")

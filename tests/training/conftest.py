@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fahooks.recipe import Recipe, Source, load
+from fahooks.training.loop import Result, train
+from fahooks.training.run_directory import RunDirectory
+from fahooks.training.setup import prepare
+
+TINY = """\
+name: tiny
+model: {name: paper/mnist}
+feedback: [{match: "*", rule: fa}]
+data: {dataset: digits, batch_size: 32, validation: 60, limit: 220}
+optim: {name: adam, lr: 5e-4}
+schedule: {name: step, every: 2, gamma: 0.1}
+train: {epochs: 3, device: cpu, threads: 1}
+probes: {every: 4}
+seed: 0
+"""
+SOURCE = Source("tiny.yaml", TINY)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Recipe]:
+    """The tiny recipe with overrides."""
+    return lambda *overrides: load(SOURCE, overrides)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., tuple[RunDirectory, Result]]:
+    """Train the tiny recipe with overrides in a fresh folder of the given name."""
+
+    def go(name: str, *overrides: str) -> tuple[RunDirectory, Result]:
+        recipe = load(SOURCE, overrides)
+        setup = prepare(recipe)
+        directory = RunDirectory.create(setup.recipe, SOURCE, out=tmp_path / name, overrides=overrides)
+        return directory, train(setup, directory)
+
+    return go
+
+
+@pytest.fixture(autouse=True)
+def _a_test_leaves_the_generator_and_the_threads_alone():
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    yield
+    torch.set_rng_state(state)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path) -> Iterator[Path]:
+    """Run the test in a folder of its own."""
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    yield tmp_path
+    os.chdir(before)

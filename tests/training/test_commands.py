@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fahooks.plugins import InputError
+from fahooks.recipe import load
+from fahooks.training import commands, loop
+from fahooks.training.loop import Result
+from fahooks.training.run_directory import RunDirectory
+from fahooks.training.setup import prepare
+
+SMALL = ("data.limit=120", "train.epochs=1", "train.threads=1", "train.device=cpu")
+
+
+def test_start_trains_and_ends_with_one_line(in_tmp: Path):
+    line = commands.start("quickstart", SMALL)
+    status = RunDirectory(in_tmp / "runs" / "quickstart-1").read_status()
+    assert line.startswith(f"quickstart: test error {status['result']['test_error']:.2f} %, best epoch 1")
+    assert line.endswith("in runs/quickstart-1")
+
+
+def test_nothing_is_written_when_something_is_wrong_beforehand(in_tmp: Path):
+    for overrides in (
+        ("data.validation=100000",),
+        ("data.dataset=mnist", "data.download=false", f"data.root={in_tmp}"),
+        ("seed=x",),
+    ):
+        with pytest.raises(InputError):
+            commands.start("quickstart", overrides)
+    with pytest.raises(InputError):
+        commands.quickstart(("data.validation=100000",))
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_resolved_runs_again_to_the_same_result(in_tmp: Path):
+    commands.start("quickstart", SMALL, Path("a"))
+    commands.start("a/resolved.yaml", (), Path("b"))
+    assert Path("a/best.safetensors").read_bytes() == Path("b/best.safetensors").read_bytes()
+
+
+def test_an_interrupted_run_says_how_to_go_on(in_tmp: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "evaluate", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="stopped; go on with `fahooks train --resume a`"):
+        commands.start("quickstart", SMALL, Path("a"))
+    monkeypatch.undo()
+    assert commands.resume(Path("a")).startswith("quickstart: test error")
+    with pytest.raises(InputError, match="is finished"):
+        commands.resume(Path("a"))
+
+
+def test_quickstart_runs_each_rule_from_the_same_weights(in_tmp: Path, capsys: pytest.CaptureFixture[str]):
+    folder = commands.quickstart(SMALL)
+    assert folder == Path("runs/quickstart-1")
+    assert sorted(p.name for p in folder.iterdir()) == ["bp", "fa", "usf_sn"]
+    assert "digits: 1,797 real handwritten digits, 8x8, that scikit-learn ships" in capsys.readouterr().out
+    for rule in commands.QUICKSTART_RULES:
+        recipe = load(str(folder / rule / "resolved.yaml"))
+        assert (recipe.name, [f.rule for f in recipe.feedback]) == (f"quickstart/{rule}", [rule])
+        assert RunDirectory(folder / rule).read_status()["state"] == "finished"
+    losses = [RunDirectory(folder / rule).rows("epoch")[0]["train_loss"] for rule in commands.QUICKSTART_RULES]
+    assert len(set(losses)) == 3
+
+
+def test_quickstart_sets_the_rules_itself(in_tmp: Path):
+    with pytest.raises(InputError, match=r"quickstart compares bp, fa, usf_sn and sets feedback and name itself"):
+        commands.quickstart(("feedback.0.rule=fa",))
+
+
+def test_quickstart_fits_real_mnist(data_root: Path):
+    setup = prepare(load("quickstart", (*SMALL, "data.dataset=mnist", f"data.root={data_root}", "data.download=false")))
+    assert (setup.train.images, setup.test.images) == (96, 10_000)
+    assert setup.model(next(setup.train.epoch(1)).images).shape == (50, 10)
+
+
+def test_the_final_line_has_test_error_paper_epoch_time_and_place():
+    result = Result(test_error=1.234, best_epoch=7, validation_error=1.5, final_test_error=2.0, seconds=125.4)
+    line = commands.final_line(load("mnist/fa"), result, RunDirectory(Path("runs/x")))
+    assert line == ("mnist/fa: test error 1.23 % (paper: 1.1 %), best epoch 7 (validation error 1.50 %), 2 min 5 s, in runs/x")

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fahooks import models
+from fahooks.recipe import Recipe
+from fahooks.surgery import convert
+from fahooks.training import checkpoint, loop
+from fahooks.training.loop import Diverged, Result, train
+from fahooks.training.run_directory import RunDirectory
+from fahooks.training.setup import prepare
+
+Run = Callable[..., tuple[RunDirectory, Result]]
+Tiny = Callable[..., Recipe]
+
+
+def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
+    return torch.load(run.checkpoint, weights_only=True)["model"]
+
+
+def same(a: RunDirectory, b: RunDirectory) -> bool:
+    ours, theirs = weights(a), weights(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(run: Run):
+    first, result = run("a")
+    torch.manual_seed(77)
+    again, result_again = run("b")
+    other, _ = run("c", "seed=1")
+    assert same(first, again)
+    assert not same(first, other)
+    assert first.best.read_bytes() == again.best.read_bytes()
+    assert result.test_error == result_again.test_error
+    assert without_times(first.rows("epoch")) == without_times(again.rows("epoch"))
+
+
+def test_the_loop_takes_the_steps_of_a_loop_written_by_hand(tiny: Tiny, run: Run):
+    directory, _ = run("a")
+    recipe = tiny()
+    setup = prepare(recipe)
+    torch.manual_seed(recipe.seed)
+    model = models.build("paper/mnist", image_size=8)
+    convert(model, "fa", seed=recipe.seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4, fused=True)
+    for epoch in (1, 2, 3):
+        optimizer.param_groups[0]["lr"] = 5e-4 if epoch < 3 else 5e-4 * 0.1
+        for batch in setup.train.epoch(epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch.images), batch.labels).backward()
+            optimizer.step()
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in weights(directory).items())
+
+
+def test_probes_do_not_change_the_training(run: Run):
+    probed, _ = run("a")
+    plain, _ = run("b", "probes.every=null")
+    assert same(probed, plain)
+    assert [row["step"] for row in probed.rows("probe")] == [0, 4, 8, 12]
+    assert plain.rows("probe") == []
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2])
+def test_an_interrupted_run_that_is_resumed_ends_with_the_same_bits(
+    stop_after: int, tiny: Tiny, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole, whole_result = run("whole")
+    real_epoch = loop.train_epoch
+
+    def stop(setup: Any, epoch: int, progress: Any, *rest: Any) -> dict[str, Any]:
+        row = real_epoch(setup, epoch, progress, *rest)
+        if epoch > stop_after:
+            raise KeyboardInterrupt
+        return row
+
+    monkeypatch.setattr(loop, "train_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    monkeypatch.undo()
+    path = tmp_path / "cut"
+    status = json.loads((path / "status.json").read_text())
+    assert (status["state"], status["resume"]) == ("interrupted", f"fahooks train --resume {path}")
+    torch.manual_seed(123)
+    cut, recipe = RunDirectory.reopen(path)
+    result = train(prepare(recipe), cut, resume=True)
+    assert same(whole, cut)
+    assert whole.best.read_bytes() == cut.best.read_bytes()
+    assert (result.test_error, result.best_epoch) == (whole_result.test_error, whole_result.best_epoch)
+    for kind in ("epoch", "probe", "test"):
+        assert without_times(whole.rows(kind)) == without_times(cut.rows(kind))
+
+
+def test_the_best_epoch_is_the_one_with_the_lowest_validation_error(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Validation says epoch 2 (and 4, which ties and comes later); the test set would have said epoch 3."""
+    errors = {"validation": iter([50.0, 20.0, 30.0, 20.0]), "test": iter([7.0, 9.0])}
+    asked: list[str] = []
+    norms: list[float] = []
+
+    def pretend(setup: Any, loader: Any, name: str) -> dict[str, float]:
+        asked.append(name)
+        norms.append(setup.model.get_parameter("dense.weight").norm().item())
+        return {f"{name}_loss": 1.0, f"{name}_error": next(errors[name])}
+
+    monkeypatch.setattr(loop, "evaluate", pretend)
+    setup = prepare(tiny("train.epochs=4"))
+    run = RunDirectory(tmp_path)
+    result = train(setup, run)
+    assert asked == ["validation"] * 4 + ["test"] * 2
+    assert (result.best_epoch, result.validation_error, result.final_test_error, result.test_error) == (2, 20.0, 7.0, 9.0)
+    # The last evaluation saw the weights of epoch 2, the one before it those of epoch 4.
+    assert norms[5] == norms[1] != norms[3] == norms[4]
+    assert load_file(run.best)["dense.weight"].norm().item() == norms[1]
+
+
+def test_a_run_directory_has_all_that_it_should(run: Run, tiny: Tiny):
+    directory, result = run("a")
+    assert {p.name for p in directory.path.iterdir()} == {
+        "recipe.yaml", "resolved.yaml", "env.json", "layers.json", "metrics.jsonl", "summary.csv",
+        "checkpoint.pt", "best.safetensors", "status.json", "tb",
+    }  # fmt: skip
+    assert yaml.safe_load((directory.path / "resolved.yaml").read_text())["data"]["loader"] == "memory"
+    layers = json.loads((directory.path / "layers.json").read_text())["layers"]
+    assert [(layer["name"], layer["rule"]) for layer in layers] == [(n, "fa") for n in ("conv1", "conv2", "dense", "output")]
+    status = json.loads((directory.path / "status.json").read_text())
+    assert (status["state"], status["result"]["test_error"]) == ("finished", result.test_error)
+    epochs = directory.rows("epoch")
+    assert [row["epoch"] for row in epochs] == [1, 2, 3]
+    assert [row["lr"] for row in epochs] == pytest.approx([5e-4, 5e-4, 5e-5])
+    assert result.validation_error == min(row["validation_error"] for row in epochs)
+    summary = list(csv.DictReader((directory.path / "summary.csv").read_text().splitlines()))
+    assert float(summary[2]["test_error"]) == result.final_test_error
+    assert float(summary[result.best_epoch - 1]["test_error"]) == result.test_error
+    assert set(load_file(directory.best)) == set(models.build("paper/mnist", image_size=8).state_dict())
+
+
+def test_tensorboard_gets_the_curves(run: Run):
+    directory, _ = run("a")
+    events = EventAccumulator(str(directory.tensorboard)).Reload()
+    assert {"train_loss", "validation_error", "lr", "test_error", "angle/conv1", "norm_ratio/dense"} <= set(
+        events.Tags()["scalars"]
+    )
+    logged = [row["validation_error"] for row in directory.rows("epoch")]
+    assert [event.value for event in events.Scalars("validation_error")] == pytest.approx(logged)
+
+
+def test_the_reported_test_error_is_that_of_the_saved_weights(run: Run, tiny: Tiny):
+    directory, result = run("a")
+    setup = prepare(tiny())
+    plain = models.build("paper/mnist", image_size=8).eval()
+    checkpoint.load_weights(directory.best, plain)
+    with torch.no_grad():
+        wrong = sum(int((plain(b.images).argmax(1) != b.labels).sum()) for b in setup.test.in_order())
+    assert result.test_error == pytest.approx(100 * wrong / 360)
+
+
+def test_it_learns(run: Run):
+    directory, result = run("a", "feedback=[{rule: usf_sn}]", "data.limit=800", "train.epochs=8", "schedule={name: constant}")
+    losses = [row["train_loss"] for row in directory.rows("epoch")]
+    assert losses[-1] < 0.5 * losses[0]
+    assert result.test_error < 20
+
+
+def test_a_loss_that_is_not_a_number_stops_with_one_line(run: Run, tmp_path: Path):
+    with pytest.raises(
+        Diverged, match=r"the loss was (nan|inf) by step \d+, in epoch 1: lower optim.lr \(it was 1e\+30\)"
+    ) as caught:
+        run("a", "optim={name: sgd, lr: 1.0e+30}", "feedback=[{rule: bp}]")
+    assert "\n" not in str(caught.value)
+    status = json.loads((tmp_path / "a" / "status.json").read_text())
+    assert status["state"] == "failed" and status["reason"].startswith("Diverged: the loss was")
+
+
+def test_an_error_in_the_middle_is_recorded(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def breaks(*args: Any) -> dict[str, Any]:
+        raise RuntimeError("disk on fire")
+
+    monkeypatch.setattr(loop, "evaluate", breaks)
+    with pytest.raises(RuntimeError):
+        train(prepare(tiny()), RunDirectory(tmp_path))
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", "RuntimeError: disk on fire")
+
+
+def test_evaluation_is_in_evaluation_mode_and_counts_every_image(tiny: Tiny):
+    setup = prepare(tiny())
+    setup.model.train()
+    first, second = (loop.evaluate(setup, setup.test, "test") for _ in range(2))
+    assert first == second
+    setup.model.eval()
+    with torch.no_grad():
+        logits = torch.cat([setup.model(b.images) for b in setup.test.in_order()])
+    labels = setup.test.labels
+    assert first["test_error"] == pytest.approx(100 * (logits.argmax(1) != labels).float().mean().item())
+    assert first["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_bf16_and_channels_last_train(run: Run):
+    directory, result = run("a", "train.precision=bf16", "train.channels_last=true", "train.epochs=1")
+    assert math.isfinite(directory.rows("epoch")[0]["train_loss"])
+    assert all(value.dtype == torch.float32 for value in load_file(directory.best).values())
+
+
+def test_progress_goes_to_standard_output_as_a_line_an_epoch(run: Run, capsys: pytest.CaptureFixture[str]):
+    run("a")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert all("loss" in line and "validation error" in line and "images/s" in line for line in lines)
+
+
+def test_real_mnist_trains(data_root: Path, run: Run):
+    directory, result = run(
+        "a", "data={dataset: mnist, batch_size: 50, validation: 500, limit: 1500}", f"data.root={data_root}",
+        "feedback=[{rule: usf_sn}]", "train.epochs=1",
+    )  # fmt: skip
+    assert result.test_error < 50
+    assert weights(directory)["dense.weight"].shape == (1024, 3136)

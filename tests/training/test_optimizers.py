@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fahooks.recipe import SGD, Adam, AdamW, Constant, Cosine, Step
+from fahooks.training.optimizers import make_optimizer, make_schedule
+
+
+def model() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "reference"),
+    [
+        (
+            Adam(name="adam", lr=0.1, weight_decay=0.3, betas=(0.8, 0.9)),
+            lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.3, betas=(0.8, 0.9)),
+        ),
+        (AdamW(name="adamw", lr=0.1, weight_decay=0.3), lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.3)),
+        (
+            SGD(name="sgd", lr=0.1, weight_decay=0.3, momentum=0.9, nesterov=True),
+            lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3, momentum=0.9, nesterov=True),
+        ),
+    ],
+)
+def test_an_optimizer_takes_the_steps_that_its_options_say(config, reference):
+    ours, theirs = model(), model()
+    start = ours.weight.detach().clone()
+    steps = make_optimizer(ours, config), reference(theirs.parameters())
+    x = torch.randn(4, 3)
+    for _ in range(3):
+        for net, optimizer in zip((ours, theirs), steps, strict=True):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    assert not torch.allclose(ours.weight, start)
+
+
+def test_frozen_parameters_are_left_out():
+    net = model()
+    net.bias.requires_grad_(False)
+    optimizer = make_optimizer(net, Adam(name="adam", lr=0.1))
+    assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [id(net.weight)]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (Constant(), [1.0] * 5),
+        (Step(name="step", every=2, gamma=0.1), [1.0, 1.0, 0.1, 0.1, 0.01]),
+        (Cosine(name="cosine"), [1.0, 0.9045085, 0.6545085, 0.3454915, 0.0954915]),
+    ],
+)
+def test_a_schedule_sets_the_learning_rate_of_each_epoch(config, expected: list[float]):
+    optimizer = make_optimizer(model(), SGD(name="sgd", lr=1.0))
+    schedule = make_schedule(optimizer, config, epochs=5)
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_the_papers_mnist_schedule_drops_after_epoch_20():
+    optimizer = make_optimizer(model(), Adam(name="adam", lr=1e-4))
+    schedule = make_schedule(optimizer, Step(name="step", every=20, gamma=0.1), epochs=25)
+    rates = []
+    for _ in range(25):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1e-4] * 20 + [1e-5] * 5)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fahooks.plugins import InputError
+from fahooks.recipe import Recipe, Source, load
+from fahooks.training.run_directory import RunDirectory, fresh_directory
+
+Tiny = Callable[..., Recipe]
+
+
+def make(tiny: Tiny, path: Path | None) -> RunDirectory:
+    return RunDirectory.create(tiny(), Source("r.yaml", "the text\n"), out=path, overrides=["seed=3"])
+
+
+def test_what_is_known_before_training_is_written(tiny: Tiny, tmp_path: Path):
+    run = make(tiny, tmp_path / "deep" / "run")
+    assert (run.path / "recipe.yaml").read_text() == "the text\n"
+    assert load(Source("resolved.yaml", (run.path / "resolved.yaml").read_text())) == tiny()
+    environment = json.loads((run.path / "env.json").read_text())
+    assert environment["overrides"] == ["seed=3"]
+    assert environment["packages"]["torch"] and environment["python"]
+
+
+def test_by_default_runs_are_numbered(tiny: Tiny, in_tmp: Path):
+    assert [make(tiny, None).path for _ in range(3)] == [Path(f"runs/tiny-{n}") for n in (1, 2, 3)]
+    assert fresh_directory(None, "mnist/fa") == Path("runs/mnist/fa-1")
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(tiny: Tiny, tmp_path: Path):
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(InputError, match=r"is not empty.*--resume"):
+        make(tiny, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+    with pytest.raises(InputError, match="is a file"):
+        make(tiny, tmp_path / "precious")
+    with pytest.raises(InputError, match="can not be made: Not a directory"):
+        make(tiny, tmp_path / "precious" / "run")
+    (tmp_path / "empty").mkdir()
+    assert make(tiny, tmp_path / "empty").path == tmp_path / "empty"
+
+
+def test_a_folder_that_can_not_be_made_is_one_line(in_tmp: Path):
+    Path("runs").write_text("")
+    with pytest.raises(InputError, match="can not be made") as caught:
+        fresh_directory(None, "x")
+    assert "\n" not in str(caught.value)
+
+
+def test_status_replaces_and_metrics_append(tiny: Tiny, tmp_path: Path):
+    run = make(tiny, tmp_path / "run")
+    run.status("running")
+    run.status("failed", reason="why")
+    assert (run.read_status()["state"], run.read_status()["reason"]) == ("failed", "why")
+    run.log("epoch", epoch=1, step=5, lr=0.1)
+    run.log("probe", epoch=1, angle={"a": float("nan"), "b": 2.0}, ratio=float("inf"))
+    assert run.rows("epoch") == [{"kind": "epoch", "epoch": 1, "step": 5, "lr": 0.1}]
+    assert run.rows("probe") == [{"kind": "probe", "epoch": 1, "angle": {"a": None, "b": 2.0}, "ratio": None}]
+    assert "NaN" not in run.metrics.read_text()
+    assert not list(run.path.glob("*.partial"))
+
+
+def rows(run: RunDirectory) -> list[dict[str, str]]:
+    return list(csv.DictReader((run.path / "summary.csv").read_text().splitlines()))
+
+
+def test_the_summary_has_a_row_an_epoch_and_the_tested_errors(tiny: Tiny, tmp_path: Path):
+    run = make(tiny, tmp_path / "run")
+    for epoch in (1, 2, 3):
+        run.log("epoch", epoch=epoch, step=5 * epoch, validation_error=10.0 / epoch)
+    run.log("test", weights="final", epoch=3, test_error=4.0)
+    run.log("test", weights="best", epoch=2, test_error=3.0)
+    run.summarise()
+    assert [(r["epoch"], r["step"], r["test_error"]) for r in rows(run)] == [
+        ("1", "5", ""),
+        ("2", "10", "3.0"),
+        ("3", "15", "4.0"),
+    ]
+
+
+def test_what_a_resumed_run_will_write_again_is_trimmed(tiny: Tiny, tmp_path: Path):
+    run = make(tiny, tmp_path / "run")
+    for epoch in (1, 2, 3):
+        run.log("probe", epoch=epoch, angle={})
+        run.log("epoch", epoch=epoch)
+    run.log("test", epoch=1, test_error=1.0)
+    with run.metrics.open("a") as file:
+        file.write('{"kind": "epo')
+    run.trim(2)
+    assert [r["epoch"] for r in run.rows("epoch")] == [r["epoch"] for r in run.rows("probe")] == [1, 2]
+    assert run.rows("test") == []
+    assert [r["epoch"] for r in rows(run)] == ["1", "2"]
+
+
+def test_a_run_is_reopened_with_its_own_recipe(tiny: Tiny, tmp_path: Path):
+    run = make(tiny, tmp_path / "run")
+    run.status("interrupted")
+    again, recipe = RunDirectory.reopen(run.path)
+    assert (again.path, recipe) == (run.path, tiny())
+
+
+def test_what_is_no_run_or_is_finished_can_not_be_reopened(tiny: Tiny, tmp_path: Path):
+    with pytest.raises(InputError, match="is no run directory"):
+        RunDirectory.reopen(tmp_path / "absent")
+    run = make(tiny, tmp_path / "run")
+    run.status("finished")
+    with pytest.raises(InputError, match="is finished: there is nothing to resume"):
+        RunDirectory.reopen(run.path)
