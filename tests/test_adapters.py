@@ -27,7 +27,7 @@ class Patches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embeds = NaFlexEmbeds(patch_size=2, embed_dim=8, enable_patch_interpolator=True)
+        self.embeds = NaFlexEmbeds(patch_size=2, embed_dim=8, proj_type="linear", enable_patch_interpolator=True)
 
     def forward(self, patches: Tensor) -> Tensor:
         rows, columns = torch.meshgrid(torch.arange(2), torch.arange(2), indexing="ij")
@@ -38,9 +38,14 @@ class Patches(nn.Module):
 
 ADAPTED: list[tuple[str, Maker, tuple[int, ...], list[str]]] = [
     ("timm.models.beit.Attention", lambda: BeitAttention(8, num_heads=2, qkv_bias=True), (2, 5, 8), ["qkv.weight"]),
-    ("timm.models.eva.EvaAttention", lambda: EvaAttention(8, num_heads=2, qkv_fused=True), (2, 5, 8), ["qkv.weight"]),
+    ("timm.models.eva.EvaAttention", lambda: EvaAttention(8, num_heads=2, scale_norm=False), (2, 5, 8), ["qkv.weight"]),
     ("timm.models.naflexvit.NaFlexEmbeds", Patches, (2, 4, 2, 2, 3), ["proj.weight"]),
-    ("timm.models.swin_transformer_v2.WindowAttention", lambda: WindowAttention(8, (2, 2), num_heads=2), (2, 4, 8), ["qkv.weight"]),
+    (
+        "timm.models.swin_transformer_v2.WindowAttention",
+        lambda: WindowAttention(8, (2, 2), num_heads=2),
+        (2, 4, 8),
+        ["qkv.weight"],
+    ),
     (
         "torchvision.models.swin_transformer.ShiftedWindowAttention",
         lambda: ShiftedWindowAttention(8, [2, 2], [1, 1], num_heads=2),
@@ -118,7 +123,7 @@ def test_a_child_that_is_left_out_leaves_the_module_as_it_is(name: str, make: Ma
 
 
 def test_attention_with_split_projections_calls_its_layers():
-    attention = EvaAttention(8, num_heads=2, qkv_fused=False)
+    attention = EvaAttention(8, num_heads=2, qkv_fused=False, scale_norm=False)
     report = fahooks.convert(attention, "fa")
     assert report.converted == ["q_proj", "k_proj", "v_proj", "proj"]
     assert fahooks.audit(attention, torch.randn(2, 5, 8)).clean

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fahooks
+from fahooks import plugins
 from fahooks.reference import oracle
 from fahooks.surgery import feedback_layers, feedback_rules
 
@@ -261,6 +263,32 @@ def test_attention_under_autocast(learn: Learn, rule: str) -> None:
     else:
         exact = learn(converted, *inputs)
         assert found.distance(exact) < 0.05 < found.distance(true)
+
+
+class Packed(nn.Module):
+    """Slices, chunks and splits a weight of its own, as an adapter allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, signal: Tensor) -> Tensor:
+        first, second = self.packed.chunk(2)
+        third, fourth = self.packed.split([4, 2])
+        left = F.linear(F.linear(signal, first), second) @ signal.mT
+        right = F.linear(F.linear(signal, self.packed[:3]), self.packed[3:])
+        return left.sum(-1, keepdim=True) + right + F.linear(signal, fourth).sum() * F.linear(signal, third)[..., :3]
+
+
+def test_every_part_of_a_packed_weight_sends_the_error_through_its_part_of_the_feedback(
+    monkeypatch: pytest.MonkeyPatch, learn: Learn
+) -> None:
+    monkeypatch.setattr(plugins.adapters, "_entries", dict(plugins.adapters._entries))
+    fahooks.register_adapter(f"{Packed.__module__}.Packed", summary="none")(lambda module: ["packed"])
+    for rule in RULES:
+        plain, converted = pair(Packed, rule)
+        assert list(feedback_rules(converted)) == ["packed"]
+        assert_oracle(learn, plain, converted, torch.randn(2, 4, 3).double())
 
 
 # Normalised projections, and the same attention with the normalised weights as plain ones.

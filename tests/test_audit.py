@@ -128,7 +128,9 @@ def test_norms_scales_and_products_of_signals_are_no_linear_maps_with_a_weight()
 
 
 def test_a_learned_query_is_a_signal_once_projected_and_a_weight_where_it_is_not():
-    projected = Applied(lambda self, x: self.q(self.latent) @ self.k(x).mT, latent=torch.randn(1, 3), q=nn.Linear(3, 3), k=nn.Linear(3, 3))
+    projected = Applied(
+        lambda self, x: self.q(self.latent) @ self.k(x).mT, latent=torch.randn(1, 3), q=nn.Linear(3, 3), k=nn.Linear(3, 3)
+    )
     fahooks.convert(projected, "fa")
     assert fahooks.audit(projected, torch.randn(2, 5, 3)).clean
     direct = Applied(lambda self, x: self.latent @ self.k(x).mT, latent=torch.randn(1, 3), k=nn.Linear(3, 3))
@@ -150,7 +152,9 @@ def low_rank(layer: nn.Linear) -> nn.Module:
     return parametrize.register_parametrization(layer, "weight", LowRank())
 
 
-@pytest.mark.parametrize("change", [low_rank, parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal])
+@pytest.mark.parametrize(
+    "change", [low_rank, parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal]
+)
 def test_products_that_make_a_weight_are_not_on_the_path_of_the_error(change: Callable[[nn.Linear], nn.Module]):
     layer = change(nn.Linear(3, 4))
     parameters = {name for name, _ in layer.named_parameters() if name != "bias"}
@@ -220,7 +224,9 @@ def test_parts_of_a_packed_weight_are_routed_through_its_rule():
 
 
 def test_tied_weights_are_named_by_all_their_names_and_ignored_by_any():
-    model = Applied(lambda self, x: self.decoder(self.embedding(x)), embedding=nn.Embedding(5, 3), decoder=nn.Linear(3, 5, bias=False))
+    model = Applied(
+        lambda self, x: self.decoder(self.embedding(x)), embedding=nn.Embedding(5, 3), decoder=nn.Linear(3, 5, bias=False)
+    )
     model.decoder.weight = model.embedding.weight
     tokens = torch.tensor([[1, 2]])
     assert named(fahooks.audit(model, tokens)) == [("decoder.weight", "embedding.weight")]
@@ -260,7 +266,9 @@ class Output:
     extra: Any = None
 
 
-@pytest.mark.parametrize("wrap", [lambda y: {"a": [y]}, lambda y: (1, "text", (y,)), Output, lambda y: [Output(torch.ones(1), {"deep": y})]])
+@pytest.mark.parametrize(
+    "wrap", [lambda y: {"a": [y]}, lambda y: (1, "text", (y,)), Output, lambda y: [Output(torch.ones(1), {"deep": y})]]
+)
 def test_outputs_are_found_in_containers(wrap: Callable[[Tensor], Any]):
     model = Applied(lambda self, x: wrap(self.layer(x)), layer=nn.Linear(3, 3))
     assert named(fahooks.audit(model, torch.randn(2, 3))) == [("layer.weight",)]
@@ -324,7 +332,9 @@ def test_the_model_is_left_as_it_was_found_when_it_raises():
     assert not torch.is_anomaly_enabled()
 
 
-@pytest.mark.parametrize("forward", [torch.no_grad()(lambda self, x: self.layer(x)), lambda self, x: self.layer(x).detach(), lambda self, x: 1])
+@pytest.mark.parametrize(
+    "forward", [torch.no_grad()(lambda self, x: self.layer(x)), lambda self, x: self.layer(x).detach(), lambda self, x: 1]
+)
 def test_a_forward_pass_without_gradients_is_an_error_of_one_line(forward: Callable[..., Any]):
     with pytest.raises(InputError, match="^nothing to audit: no output of the model carries a gradient[^\n]*$"):
         fahooks.audit(Applied(forward, layer=nn.Linear(3, 3)), torch.randn(2, 3))

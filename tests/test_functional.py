@@ -267,7 +267,8 @@ def test_padding_that_torch_refuses_is_refused(options: dict[str, Any], message:
 
 
 def test_autocast_casts_as_torch_does(call: Call) -> None:
-    single = Call(call.operation, *(t.detach().float() for t in present(call.leaves())), call.options)
+    x, w, b = (t.detach().float() for t in present(call.leaves()))
+    single = Call(call.operation, x, w, b, call.options)
     seen: list[torch.dtype] = []
 
     def feedback(weight: Tensor) -> Tensor:

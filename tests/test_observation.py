@@ -18,30 +18,31 @@ class Output:
 
 
 def test_the_model_is_put_back_also_after_an_exception():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout())
-    model[0].weight.requires_grad_(False)
+    conv, norm = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+    model = nn.Sequential(conv, norm, nn.Dropout())
+    conv.weight.requires_grad_(False)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     state = torch.get_rng_state()
     with pytest.raises(ZeroDivisionError), as_found(model):
         model.requires_grad_(True)
         model(torch.randn(3, 1, 4, 4))
-        assert not torch.equal(model[1].running_mean, before["1.running_mean"]), "control: the pass left a trace"
+        assert any(not torch.equal(b, before[name]) for name, b in model.named_buffers()), "control: the pass left a trace"
         raise ZeroDivisionError
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-    assert not model[0].weight.requires_grad
-    assert model[0].bias.requires_grad
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["0.weight"]
 
 
 def test_a_buffer_that_did_not_change_is_not_written():
     model = nn.BatchNorm2d(2).eval()
-    version = model.running_mean._version
+    mean = model.get_buffer("running_mean")
+    version = mean._version
     with as_found(model):
         model(torch.randn(3, 2, 4, 4))
-    assert model.running_mean._version == version
+    assert mean._version == version
     with as_found(model):
         model.train()(torch.randn(3, 2, 4, 4))
-    assert model.running_mean._version > version, "control: one that changed is"
+    assert mean._version > version, "control: one that changed is"
 
 
 def test_inputs_are_copied_where_they_can_carry_a_gradient():
@@ -63,5 +64,7 @@ def test_the_graph_is_walked_inputs_first():
     output = (y * y.sin()).sum()
     assert output.grad_fn is not None
     names = [node.name().removesuffix("0") for node in inputs_first([output.grad_fn], edges)]
-    assert sorted(names) == sorted(["torch::autograd::AccumulateGrad", "ExpBackward", "SinBackward", "MulBackward", "SumBackward"])
+    assert sorted(names) == sorted(
+        ["torch::autograd::AccumulateGrad", "ExpBackward", "SinBackward", "MulBackward", "SumBackward"]
+    )
     assert names.index("ExpBackward") < names.index("SinBackward") < names.index("MulBackward") < names.index("SumBackward")

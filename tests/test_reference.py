@@ -36,6 +36,17 @@ class Adapted(nn.Linear):
         return super().forward(input) + self.child(input)
 
 
+class Doubling(nn.Linear):
+    """A linear layer that adds a call with another parameter of its own, of the same shape."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size, bias=False)
+        self.other = nn.Parameter(self.weight.detach().clone())
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + F.linear(input, self.other)
+
+
 def test_value_and_gradients_of_the_surrogate_by_hand() -> None:
     x, w, b, feedback, delta = (torch.randn(*shape).double() for shape in ((3, 4), (2, 4), (2,), (2, 4), (3, 2)))
     leaves = [t.requires_grad_() for t in (x, w, b)]
@@ -65,8 +76,19 @@ def test_convolutions_send_the_error_through_the_feedback() -> None:
         (nn.Sequential(Doubled(3, 3)), {"0": twice}, 2),
         (nn.Sequential(Doubled(3, 3)), {}, 1),
         (nn.Sequential(*[nn.Linear(3, 3)] * 2), {"0": twice}, 4),
+        (Doubling(3), {"": twice}, 1.5),
+        (Doubling(3), {"other": twice}, 1.5),
     ],
-    ids=["the model", "two layers", "one of two", "made of the weight", "no rule", "a layer called twice"],
+    ids=[
+        "the model",
+        "two layers",
+        "one of two",
+        "made of the weight",
+        "no rule",
+        "a layer called twice",
+        "its weight of two",
+        "the other of two",
+    ],
 )
 def test_rules_are_applied_to_the_calls_of_their_layer(
     learn: Learn, model: nn.Module, rules: dict[str, Callable[[Tensor], Tensor]], factor: float

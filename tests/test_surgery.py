@@ -41,15 +41,16 @@ class SamePadded(nn.Conv2d):
 
 
 class LowRank(nn.Linear):
-    """Calls F.linear for its own weight, and twice with weights that are not its own rule's."""
+    """Calls F.linear with its weight, and with others that its rule is not for, one of them of the same shape."""
 
     def __init__(self, inward: int, outward: int) -> None:
         super().__init__(inward, outward)
         self.down = nn.Parameter(torch.randn(1, inward))
         self.up = nn.Parameter(torch.randn(outward, 1))
+        self.other = nn.Parameter(torch.randn(outward, inward))
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + F.linear(F.linear(input, self.down), self.up)
+        return super().forward(input) + F.linear(F.linear(input, self.down), self.up) * F.linear(input, self.other)
 
 
 class Residual(nn.Linear):
@@ -541,3 +542,48 @@ def test_the_model_itself_may_be_the_layer(learn: Learn) -> None:
     plain, converted = pair(lambda: nn.Linear(4, 3))
     assert list(feedback_rules(converted)) == [""]
     assert_oracle(learn, plain, converted, torch.randn(2, 4).double())
+
+
+def test_a_weight_replaced_by_one_of_another_shape_asks_for_a_new_conversion():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    fahooks.convert(model, "fa")
+    kept = feedback_rules(model)["0"]
+    model[1].weight = nn.Parameter(torch.randn(5, 4))
+    model[1].bias = nn.Parameter(torch.randn(5))
+    with pytest.raises(ValueError, match=r"shape \(5, 4\).*shape \(2, 4\).*convert again"):
+        model(torch.randn(1, 3))
+    fahooks.convert(model, "fa")
+    assert model(torch.randn(1, 3)).shape == (1, 5)
+    assert feedback_rules(model)["0"] is kept, "control: rules of other layers stay"
+
+
+def test_rules_with_other_option_values_replace_those_of_values_that_print_alike():
+    class Fixed(fahooks.Rule):
+        def __init__(self, *, matrix: torch.Tensor) -> None:
+            super().__init__()
+            self.register_buffer("matrix", matrix)
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return self.get_buffer("matrix").view_as(weight)
+
+    model = nn.Linear(50, 100)
+    one = torch.zeros(5000)
+    other = one.index_fill(0, torch.tensor([2500]), 1.0)
+    assert repr(one) == repr(other)
+    fahooks.convert(model, Fixed, matrix=one)
+    fahooks.convert(model, Fixed, matrix=other)
+    assert feedback_rules(model)[""].get_buffer("matrix").sum() == 1
+
+
+def test_parameters_shaped_like_weights_that_nothing_names_are_in_the_report():
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+            self.projection = nn.Parameter(torch.randn(4, 3))
+            self.token = nn.Parameter(torch.zeros(1, 4))
+
+    report = fahooks.convert(Bare(), "fa")
+    assert report.converted == ["head"]
+    assert list(report.skipped) == ["projection"]
+    assert "no adapter names it" in report.skipped["projection"]

@@ -119,10 +119,8 @@ def draw(
     Raises:
         InputError: an unknown `init` or `distribution`, or a gain that is not positive.
     """
+    check_draw(init, distribution, gain)
     variances = {"fan_out": 1 / fan_out, "fan_in": 1 / fan_in, "glorot": 2 / (fan_in + fan_out)}
-    check_choice("init", init, variances)
-    check_choice("distribution", distribution, ("normal", "uniform"))
-    check_positive("gain", gain)
     deviation = gain * variances[init] ** 0.5
     matrix = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     if distribution == "normal":
@@ -131,6 +129,17 @@ def draw(
         bound = 3**0.5 * deviation
         matrix.uniform_(-bound, bound, generator=generator)
     return torch.empty_like(weight, requires_grad=False).copy_(matrix)
+
+
+def check_draw(init: str, distribution: str, gain: float) -> None:
+    """Refuse options that `draw` does not take.
+
+    Raises:
+        InputError: an unknown `init` or `distribution`, or a gain that is not positive.
+    """
+    check_choice("init", init, ("fan_out", "fan_in", "glorot"))
+    check_choice("distribution", distribution, ("normal", "uniform"))
+    check_positive("gain", gain)
 
 
 def check_choice(option: str, value: object, choices: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fahooks.rules.base import Rule, draw, register_rule
+from fahooks.rules.base import Rule, check_draw, draw, register_rule
 
 
 @register_rule("fa", paper="Lillicrap et al. 2016, https://doi.org/10.1038/ncomms13276")
@@ -16,12 +16,16 @@ class FeedbackAlignment(Rule):
         init: variance of B, see `fahooks.rules.base.draw`; "fan_out" is 1/N_out (Moskovitz et al. 2018, section 5.1).
         distribution: "normal" or "uniform", mean 0.
         gain: factor on the standard deviation.
+
+    Raises:
+        InputError: an unknown `init` or `distribution`, or a gain that is not positive.
     """
 
     matrix: Tensor
 
     def __init__(self, *, init: str = "fan_out", distribution: str = "normal", gain: float = 1.0) -> None:
         super().__init__()
+        check_draw(init, distribution, gain)
         self.init = init
         self.distribution = distribution
         self.gain = gain

@@ -32,12 +32,12 @@ class Choice:
         """The rule for one site: the one it has if that came from the same choice, else a new one; None for backprop."""
         if self.identity[0] is Backprop:
             return None
-        origin = (*self.identity, seed, site.name)
+        weight = site.weight().detach()
+        origin = (*self.identity, seed, site.name, weight.shape)
         present = site.rule()
-        if present is not None and present.origin == origin:
+        if present is not None and _same(present.origin, origin):
             return present
         rule = self.make()
-        weight = site.weight().detach()
         fan_in, fan_out = _fans(site, weight)
         generator = torch.Generator().manual_seed(_generator_seed(seed, site.name))
         rule.initialise(weight, fan_in=fan_in, fan_out=fan_out, generator=generator)
@@ -75,10 +75,10 @@ def _choice(rule: Any, options: Mapping[str, Any]) -> Choice:
     if isinstance(rule, str):
         entry = plugins.rules.get(rule)
         entry.build(**options)
-        return Choice(lambda: entry.build(**options), (entry.target, _frozen(options)), rule)
+        return Choice(lambda: entry.build(**options), (entry.target, *_flat(options)), rule)
     if isinstance(rule, type) and issubclass(rule, Rule):
         _check_options(rule, options)
-        return Choice(lambda: rule(**options), (rule, _frozen(options)), rule.__name__)
+        return Choice(lambda: rule(**options), (rule, *_flat(options)), rule.__name__)
     if isinstance(rule, nn.Module):
         raise ConversionError(
             f"rule must be a name, a Rule class or a function, got the module {type(rule).__name__}: pass its class"
@@ -100,8 +100,13 @@ def _check_options(rule: type[Rule], options: Mapping[str, Any]) -> None:
         raise ConversionError(f"rule {rule.__name__} does not take these options: {error}") from error
 
 
-def _frozen(options: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, repr(value)) for name, value in options.items()))
+def _flat(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(part for name in sorted(options) for part in (name, options[name]))
+
+
+def _same(origin: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two origins agree; values that can not say so in one word, such as tensors, agree only if they are one object."""
+    return len(origin) == len(other) and all(a is b or (a == b) is True for a, b in zip(origin, other, strict=True))
 
 
 def _generator_seed(seed: int, name: str) -> int:

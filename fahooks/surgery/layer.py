@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fahooks import functional
+from fahooks.plugins import InputError
 
 
 class FeedbackLayer(nn.Module):
@@ -38,7 +39,8 @@ class FeedbackLayer(nn.Module):
         if not (self.feedback_enabled and torch.is_grad_enabled() and self._sends_error(args, kwargs)):
             return super().forward(*args, **kwargs)
         if self._uses_parametrized_weights():
-            # A parametrization computes a new tensor each time it is asked: kept, it is known again where it is used.
+            # A parametrization computes a new tensor each time it is asked: kept, it is known again where it is used. torch's
+            # attention asks for its packed projection three times a pass in training: spectral_norm then moves once, not thrice.
             with parametrize.cached():
                 return self._routed_forward(*args, **kwargs)
         return self._routed_forward(*args, **kwargs)
@@ -51,7 +53,14 @@ class FeedbackLayer(nn.Module):
         """What maps the weight of one call to its feedback matrix; None where the call is not this layer's to route."""
         if self.functional_weights is None:
             rule: Any = self.feedback
-            return rule if weight.shape == rule.weight_shape and self._owns(weight) else None
+            if weight.shape == rule.weight_shape:
+                return rule if self._owns(weight) else None
+            if weight is self._parameters.get("weight"):
+                raise InputError(
+                    f"{type(self).__name__}: the weight was replaced by one of shape {tuple(weight.shape)}, "
+                    f"and the feedback matrix has shape {tuple(rule.weight_shape)}: call fahooks.convert again"
+                )
+            return None
         for name in self.functional_weights:
             owner, attribute, rule = functional_weight(self, name)
             if rule is not None and weight is getattr(owner, attribute):

@@ -42,6 +42,9 @@ UNCONVERTIBLE: dict[type[nn.Module], str] = {
 }
 
 
+NO_ADAPTER = "no adapter names it; fahooks.audit tells whether it sends an error back"
+
+
 @dataclass(frozen=True)
 class Site:
     """One weight that a rule can serve.
@@ -118,6 +121,17 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
         reason = next((text for cls, text in UNCONVERTIBLE.items() if isinstance(module, cls)), None)
         if reason:
             yield Site(name, around, "", reason)
+        elif not isinstance(module, CONVERTIBLE) and "parametrizations" not in name.split("."):
+            yield from _unnamed(name, around)
+
+
+def _unnamed(name: str, around: tuple[nn.Module, ...]) -> Iterator[Site]:
+    """The parameters of a module that are shaped like weights, and that no adapter names."""
+    module = around[-1]
+    named = functional_weights(module) or ()
+    for attribute, parameter in module.named_parameters(recurse=False):
+        if attribute not in named and not is_lazy(parameter) and parameter.dim() > 1 and min(parameter.shape[:2]) > 1:
+            yield Site(join(name, attribute), around, attribute, NO_ADAPTER)
 
 
 def _make_site(name: str, around: tuple[nn.Module, ...], attribute: str) -> Site:
