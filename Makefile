@@ -7,12 +7,11 @@ INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint con
 # One thread a process: the tests run side by side, and more threads than cores make them slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test lint clean
 
 help:
 	@echo "make demo       create $(VENV), install fahooks, run its quickstart"
-	@echo "make test       create $(VENV), install fahooks and what its tests need, run every test that is not slow"
-	@echo "make test-slow  the same for the slow tests"
+	@echo "make test       create $(VENV), install fahooks and what its tests need, run every test"
 	@echo "make lint       ruff and pyright"
 	@echo "make clean      remove $(VENV) and everything else that was built"
 
@@ -22,11 +21,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	@echo "== Running the tests on $(WORKERS) workers; those on real data look under FAHOOKS_DATA ($${FAHOOKS_DATA:-not set: they are skipped})"
-	$(PYTEST) -m "not slow"
-
-test-slow: $(VENV)/installed-dev
-	@echo "== Running the slow tests on $(WORKERS) workers"
-	$(PYTEST) -m slow
+	$(PYTEST)
 
 lint: $(VENV)/installed-dev
 	@echo "== Checking style, format and types: ruff, pyright"

@@ -32,9 +32,12 @@ BATCH = 2
 """The fewest examples that batch normalisation learns from where it sees one pixel of each."""
 
 EPILOG = """\b
-Load the written file into a model that was built and converted in the same way; its metadata says how:
-  model = fahooks.models.build("timm/resnet50")
-  fahooks.convert(model, "usf_sn")
+Load the written file into a model that was built and converted in the same way: with the same model options, rule, rule
+options, include, exclude and seed, all of which the file's metadata says.
+After `fahooks convert paper/mnist --rule usf_sn -o out.safetensors`:
+  import fahooks, fahooks.models, safetensors.torch
+  model = fahooks.models.build("paper/mnist")
+  fahooks.convert(model, "usf_sn", seed=0)
   safetensors.torch.load_model(model, "out.safetensors")
 """
 
@@ -286,7 +289,7 @@ def _print(report: Report) -> None:
         cells = (layer.name or "(model)", layer.type, shape, layer.rule, f"{layer.memory_bytes:,}")
         table.add_row(*map(Text, cells), outcome)
     console.print(table)
-    console.print(f"{len(report.converted)} of {len(report.layers)} layers converted, {report.memory_bytes:,} bytes added")
+    console.print(report.total)
 
 
 def _exit_code(verification: Verification) -> int:

@@ -232,7 +232,7 @@ def _rule(node: Any) -> Callable[[Tensor], Tensor]:
     return feedback
 
 
-def _source(node: Node) -> str:
+def _source(node: Any) -> str:
     """The innermost line outside torch and fahooks that recorded the node; autograd keeps it in anomaly mode."""
     inner = (Path(torch.__file__).parent, Path(__file__).parent)
     for frame in reversed(node.metadata.get("traceback_", [])):

@@ -211,7 +211,7 @@ def _resolve_padding(
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast as autocast would: inside an autograd function it no longer could record the casts."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in _AUTOCAST_FROM else t for t in tensors)

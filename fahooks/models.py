@@ -5,6 +5,7 @@ Weights are never downloaded: every model comes freshly initialised from torch's
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import math
@@ -108,18 +109,21 @@ def build_for_images(spec: str, shape: tuple[int, int, int], classes: int, /, **
     Raises:
         InputError: as `build`.
     """
+    return build(spec, **(options_for_images(spec, shape, classes) | options))
+
+
+def options_for_images(spec: str, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
+    """The options that fit the model that `spec` names to images of `shape` (C, H, W) and `classes` classes."""
     channels, height, _ = shape
     source = spec.partition("/")[0]
     if spec in models:
         fitting = {"in_channels": channels, "image_size": height, "classes": classes}
-        fitting = {k: v for k, v in fitting.items() if k in models.get(spec).options}
-    elif source == "timm":
-        fitting = {"in_chans": channels, "num_classes": classes}
-    elif source == "torchvision":
-        fitting = {"num_classes": classes}
-    else:
-        fitting = {}
-    return build(spec, **(fitting | options))
+        return {k: v for k, v in fitting.items() if k in models.get(spec).options}
+    if source == "timm":
+        return {"in_chans": channels, "num_classes": classes}
+    if source == "torchvision":
+        return {"num_classes": classes}
+    return {}
 
 
 def check(spec: str) -> None:
@@ -214,17 +218,22 @@ def _factory(spec: str) -> Callable[..., Any]:
     file = Path(os.path.expanduser(path))
     if not file.is_file():
         raise InputError(f"there is no file {path!r} to take {name!r} from")
-    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    # A name of its own: one such as json would take the place of a module that others import.
+    own_name = f"_fahooks_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}"
+    module_spec = importlib.util.spec_from_file_location(own_name, file)
     if module_spec is None or module_spec.loader is None:
         raise InputError(f"{path!r} can not be imported as Python")
     module = importlib.util.module_from_spec(module_spec)
     # As in `python file.py`: it may import what lies beside it, and dataclasses look their module up.
-    sys.modules[module_spec.name] = module
+    sys.modules[own_name] = module
     if (folder := str(file.resolve().parent)) not in sys.path:
         sys.path.insert(0, folder)
     try:
         module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        sys.modules.pop(own_name, None)
+        if not isinstance(error, Exception | SystemExit):
+            raise
         raise InputError(f"importing {path!r} failed: {type(error).__name__}: {_one_line(error)}") from error
     target = getattr(module, name, None)
     if not callable(target):

@@ -90,7 +90,7 @@ def test_a_layer_called_once_by_itself_and_once_functionally_is_routed_and_named
         (lambda self, x: F.linear(x, torch.cat([self.w, self.w.tanh()])), (4, 3)),
         (lambda self, x: torch.einsum("bij,jk->bik", x, self.w), (3, 4)),
         (lambda self, x: torch.einsum("bij,bjk->bik", x, self.w), (2, 3, 4)),
-        (lambda self, x: torch.tensordot(x, self.w, dims=([2], [0])), (3, 4)),
+        (lambda self, x: torch.tensordot(x, self.w, dims=1), (3, 4)),
         (lambda self, x: torch.baddbmm(x, x, self.w), (2, 3, 3)),
         (lambda self, x: torch.addbmm(x[0], x, self.w), (2, 3, 3)),
         (lambda self, x: torch.addmv(x[0, 0], x[0], self.w), (3,)),
@@ -224,10 +224,9 @@ def test_parts_of_a_packed_weight_are_routed_through_its_rule():
 
 
 def test_tied_weights_are_named_by_all_their_names_and_ignored_by_any():
-    model = Applied(
-        lambda self, x: self.decoder(self.embedding(x)), embedding=nn.Embedding(5, 3), decoder=nn.Linear(3, 5, bias=False)
-    )
-    model.decoder.weight = model.embedding.weight
+    embedding, decoder = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+    decoder.weight = embedding.weight
+    model = Applied(lambda self, x: self.decoder(self.embedding(x)), embedding=embedding, decoder=decoder)
     tokens = torch.tensor([[1, 2]])
     assert named(fahooks.audit(model, tokens)) == [("decoder.weight", "embedding.weight")]
     assert fahooks.audit(model, tokens, ignore="decoder").clean
@@ -319,15 +318,15 @@ def test_the_model_is_left_as_it_was_found():
 
 def test_the_model_is_left_as_it_was_found_when_it_raises():
     def forward(self: Any, x: Tensor) -> Tensor:
-        self.norm(x) * torch.rand(1)
-        raise RuntimeError("broken model")
+        raise RuntimeError(f"broken model {self.norm(x) * torch.rand(1)}")
 
-    model = Applied(forward, norm=nn.BatchNorm1d(3)).requires_grad_(False)
+    norm = nn.BatchNorm1d(3)
+    model = Applied(forward, norm=norm).requires_grad_(False)
     x, random = torch.randn(2, 3), torch.get_rng_state()
     with pytest.raises(RuntimeError, match="broken model"):
         fahooks.audit(model, x)
     assert torch.equal(random, torch.get_rng_state())
-    assert model.norm.num_batches_tracked == 0
+    assert norm.num_batches_tracked == 0
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not torch.is_anomaly_enabled()
 

@@ -182,7 +182,7 @@ def test_the_report_prints_as_a_table() -> None:
     assert lines[0].split() == ["layer", "type", "weight", "rule", "bytes", "added"]
     assert lines[1].split() == ["stem", "Conv2d", "3x3x3x3", "fa", "324", "converted"]
     assert lines[2].endswith("skipped: no pattern matches")
-    assert lines[-1] == "2 of 6 layers converted, 324 bytes added"
+    assert lines[-1] == "2 layers converted, 4 skipped, 324 bytes added"
     assert len({line.index("Conv2d") for line in lines if "Conv2d" in line}) == 1
 
 

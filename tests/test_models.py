@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,21 @@ def test_what_is_wrong_with_a_factory_is_said(factory: Path, tmp_path: Path):
         models.build(f"{tmp_path}/broken.py:small")
     with pytest.raises(UnknownName, match="is a file"):
         models.check(f"{factory}:small")
+
+
+def test_a_file_takes_no_other_module_s_place(tmp_path: Path):
+    path = tmp_path / "json.py"
+    path.write_text(FACTORY)
+    before = dict(sys.modules)
+    model = models.build(f"{path}:small")
+    assert sys.modules["json"] is json
+    (added,) = set(sys.modules) - set(before)
+    assert sys.modules[added].__file__ == str(path) and isinstance(model, nn.Linear)
+    broken = tmp_path / "unfinished.py"
+    broken.write_text("raise SystemExit(1)")
+    with pytest.raises(InputError, match="importing .* failed: SystemExit"):
+        models.build(f"{broken}:small")
+    assert set(sys.modules) - set(before) == {added}
 
 
 def test_a_model_that_does_not_say_its_input_size_is_an_error(factory: Path):

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fahooks import recipe
+from fahooks import plugins, recipe
 from fahooks.plugins import InputError
 from fahooks.recipe import RecipeError, Source, find, load
+from fahooks.recipe.schema import Feedback
 
 GOOD = """\
 name: small/run
@@ -58,6 +59,19 @@ def test_what_as_yaml_writes_reads_back_as_the_same_recipe():
     read = load(source(optim="optim: {name: adamw, lr: 0.1, betas: [0.8, 0.9]}"))
     assert load(Source("resolved.yaml", read.as_yaml())) == read
     assert yaml.safe_load(read.as_yaml())["data"]["root"] == "somewhere"
+
+
+def test_defaults_that_could_not_be_read_back_stay_out():
+    def plain(*, match: str = "no option: the section's own", a: int = 1, b: object = len, c: float | None = None) -> None: ...
+
+    def forbidden(*, a: float = None, b: int = 2) -> None: ...  # pyright: ignore[reportArgumentType]
+
+    section = Feedback.model_validate({"rule": "x", "a": 5})
+    registry = plugins.Registry("rule", home="fahooks.rules")
+    for name, target, expected in (("x", plain, {"a": 5, "c": None}), ("y", forbidden, {})):
+        registry.register(name)(target)
+        given = section if name == "x" else Feedback(rule="y")
+        assert recipe.with_defaults(given, registry.get(name)).options == expected
 
 
 def test_data_lie_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):
@@ -123,6 +137,11 @@ def test_data_lie_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):
         ("optim", "optim: {name: adam, lr: -1}", "7: optim.lr: must be greater than 0 (got -1)"),
         ("optim", "optim: {name: sgd, lr: 1, betas: [0, 0]}", "7: optim.betas: unknown key (got [0, 0])"),
         ("optim", "optim: {name: sgd, lr: 1, momentun: 0}", "7: optim.momentun: unknown key (got 0) - did you mean 'momentum'?"),
+        (
+            "optim",
+            "optim: {name: sgd, lr: 1, nesterov: true}",
+            "7: optim.nesterov: must be false where optim.momentum is 0: set that too, to 0.9 for one (got True)",
+        ),
         ("optim", "optim: {name: adam, lr: 1, betas: [0, 1]}", "7: optim.betas.1: must be less than 1 (got 1)"),
         ("schedule", "schedule: {name: step, gamma: 0.1}", "8: schedule.every: is missing"),
         ("schedule", "schedule:", "8: schedule: must be a mapping of keys to values"),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from fahooks import models, plugins
 from fahooks.plugins import InputError, near
+from fahooks.recipe.schema import OpenSection
 from fahooks.recipe.tree import ABSENT, Key, Tree, child_of, shown
+
+SomeSection = TypeVar("SomeSection", bound=OpenSection)
 
 
 def add_schema_problems(
@@ -92,6 +97,33 @@ def check_names(tree: Tree) -> None:
     feedback = tree.get(("feedback",))
     for index, entry in enumerate(feedback if isinstance(feedback, list) else []):
         _check_feedback(tree, ("feedback", index), entry)
+
+
+def with_defaults(section: SomeSection, entry: plugins.Entry | None, fitting: Mapping[str, Any] | None = None) -> SomeSection:
+    """`section` with the options that it leaves out written out.
+
+    A default that YAML can not say stays out. So do all where one is not what its own annotation allows: a recipe with it could
+    not be read back.
+
+    Arguments:
+        section: what to complete.
+        entry: what it names; None where that is not registered.
+        fitting: options that go before the defaults of `entry`.
+    """
+    defaults = {**(entry.options if entry else {}), **(fitting or {})}
+    left = {k: v for k, v in defaults.items() if k not in section.options and k not in type(section).model_fields and _plain(v)}
+    try:
+        if entry:
+            _options_schema(entry).model_validate({**section.options, **left})
+    except ValidationError:
+        return section
+    return section.model_copy(update=left)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _check_feedback(tree: Tree, key: Key, entry: Any) -> None:

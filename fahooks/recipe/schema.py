@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from fahooks.data.datasets import default_root
 
@@ -100,6 +101,13 @@ class SGD(Section):
     momentum: NonNegative = 0.0
     nesterov: bool = False
 
+    @field_validator("nesterov")
+    @classmethod
+    def _needs_momentum(cls, nesterov: bool, info: ValidationInfo) -> bool:
+        if nesterov and info.data.get("momentum") == 0:
+            raise PydanticCustomError("nesterov", "must be false where optim.momentum is 0: set that too, to 0.9 for one")
+        return nesterov
+
 
 class Constant(Section):
     """The learning rate stays."""
@@ -172,5 +180,5 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     def as_yaml(self) -> str:
-        """The recipe with every default written out: running it again is the same run."""
+        """The recipe with the default of every key written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=130)

@@ -63,6 +63,11 @@ class Report:
         """Bytes that the rules' state adds to the model."""
         return sum(layer.memory_bytes for layer in self.layers)
 
+    @property
+    def total(self) -> str:
+        """The last line of the table."""
+        return f"{len(self.converted)} layers converted, {len(self.skipped)} skipped, {self.memory_bytes:,} bytes added"
+
     def as_dict(self) -> dict[str, Any]:
         """The report in types that json can write."""
         return {"layers": [vars(layer) for layer in self.layers], "memory_bytes": self.memory_bytes}
@@ -82,5 +87,4 @@ class Report:
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        total = f"{len(self.converted)} of {len(self.layers)} layers converted, {self.memory_bytes:,} bytes added"
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, self.total])

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
-from torch import nn
+from torch import Tensor, nn
 
 from fahooks.plugins import InputError
 from fahooks.surgery import feedback_layers
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -37,14 +37,17 @@ class Progress:
     seconds: float = 0.0
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, progress: Progress) -> None:
-    """Write a checkpoint atomically, random number generators included."""
+def save(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, progress: Progress, *, best: Path
+) -> None:
+    """Write a checkpoint atomically, random number generators and the weights in the file `best` included."""
     state = {
         "version": VERSION,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "progress": vars(progress),
+        "best": load_file(best),
         "rng": torch.get_rng_state(),
         "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -56,8 +59,8 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedul
     os.replace(partial, path)
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> Progress:
-    """Read a checkpoint back into the objects of a run, random number generators included.
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, *, best: Path) -> Progress:
+    """Read a checkpoint back into the objects of a run, random number generators included, and the file `best`.
 
     Raises:
         InputError: the file is damaged or of another version.
@@ -74,18 +77,27 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sche
     torch.set_rng_state(state["rng"])
     if state["rng_cuda"] and len(state["rng_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["rng_cuda"])
+    # A run that was killed between the two files left the best weights of an epoch that the checkpoint does not know.
+    _write_weights(best, state["best"])
     return Progress(**state["progress"])
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """Write the model's own weights, without rules' state, as safetensors, atomically: a plain model loads them."""
-    rules = tuple(f"{name}.feedback." if name else "feedback." for name in feedback_layers(model))
+    converted = set(feedback_layers(model).values())
+    # A layer that several modules share has a key by each of its names.
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module in converted]
+    rules = tuple(f"{name}.feedback." if name else "feedback." for name in names)
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(rules)}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(to_safetensors({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}))
-    os.replace(partial, path)
+    _write_weights(path, state)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Read what `save_weights` wrote into a model, converted or plain."""
     model.load_state_dict(load_file(path))
+
+
+def _write_weights(path: Path, state: dict[str, Tensor]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(to_safetensors({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}))
+    os.replace(partial, path)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fahooks.plugins import InputError, datasets
 from fahooks.recipe import Recipe, find, load
+from fahooks.report.runs import read_run
 from fahooks.training.loop import Result, train
 from fahooks.training.run_directory import RunDirectory, fresh_directory
 from fahooks.training.setup import Setup, prepare
@@ -32,7 +33,7 @@ def start(name: str, overrides: Sequence[str] = (), out: Path | None = None) -> 
     """
     source = find(name)
     setup = prepare(load(source, overrides))
-    run = RunDirectory.create(setup.recipe, source, out=out, overrides=overrides)
+    run = RunDirectory.create(setup.recipe, source, out=out, overrides=overrides, choices=setup.choices)
     return final_line(setup.recipe, _run(setup, run, resumed=False), run)
 
 
@@ -48,13 +49,11 @@ def resume(path: Path) -> str:
 
 
 def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
-    """Train the shipped recipe `quickstart` once for each of three rules.
+    """Say what the images are, and train the shipped recipe `quickstart` once for each of three rules.
 
     Arguments:
         overrides: "dotted.key=value" each, for all three runs.
         out: the folder for their run directories; by default runs/quickstart-<n>.
-
-    Says first what the images are.
 
     Returns:
         The folder: one run directory inside for each rule, named after it.
@@ -76,7 +75,8 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
     for rule, recipe in recipes.items():
         setup = prepare(recipe)
         changed = (*overrides, *_quickstart_overrides(rule))
-        _run(setup, RunDirectory.create(setup.recipe, source, out=folder / rule, overrides=changed), resumed=False)
+        run = RunDirectory.create(setup.recipe, source, out=folder / rule, overrides=changed, choices=setup.choices)
+        _run(setup, run, resumed=False)
     return folder
 
 
@@ -95,7 +95,11 @@ def _quickstart_overrides(rule: str) -> tuple[str, ...]:
 
 
 def _run(setup: Setup, run: RunDirectory, *, resumed: bool) -> Result:
+    from fahooks.report import figures  # matplotlib is slow to import
+
     try:
-        return train(setup, run, resume=resumed)
+        result = train(setup, run, resume=resumed)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"stopped; go on with `fahooks train --resume {run.path}`") from stop
+    figures.comparison([read_run(run.path)], run.plots)
+    return result

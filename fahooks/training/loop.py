@@ -82,14 +82,14 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console) -> R
     p = Probe(setup.model)  # before the checkpoint: sign flips count from the first weights, also in a resumed run
     progress = Progress()
     if resume and run.checkpoint.is_file():
-        progress = checkpoint.restore(run.checkpoint, setup.model, setup.optimizer, setup.schedule)
+        progress = checkpoint.restore(run.checkpoint, setup.model, setup.optimizer, setup.schedule, best=run.best)
     run.trim(progress.epoch)
     run.layers(setup.report.as_dict())
     epochs = setup.recipe.train.epochs
     started = time.perf_counter() - progress.seconds
     with (
         Display(setup.recipe.name, console, steps=epochs * len(setup.train), done=progress.step) as display,
-        SummaryWriter(str(run.tensorboard), purge_step=progress.step or None) as board,
+        SummaryWriter(str(run.tensorboard), purge_step=progress.step if resume else None) as board,
     ):
         for epoch in range(progress.epoch + 1, epochs + 1):
             row = {"epoch": epoch, **train_epoch(setup, epoch, progress, p, run, board, display)}
@@ -103,7 +103,7 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console) -> R
             run.log("epoch", **row)
             run.summarise()
             _to_board(board, {name: value for name, value in row.items() if name != "epoch"}, epoch)
-            checkpoint.save(run.checkpoint, setup.model, setup.optimizer, setup.schedule, progress)
+            checkpoint.save(run.checkpoint, setup.model, setup.optimizer, setup.schedule, progress, best=run.best)
             display.line(
                 f"epoch {epoch}/{epochs}  loss {row['train_loss']:.4f}  error {row['train_error']:.2f} %  "
                 f"validation error {row['validation_error']:.2f} %  {row['images_per_second']:,.0f} images/s"

@@ -11,7 +11,7 @@ from fahooks import recipe
 
 
 def make_optimizer(model: nn.Module, config: recipe.Adam | recipe.AdamW | recipe.SGD) -> Optimizer:
-    """The optimizer that `config` describes, for every parameter of `model`."""
+    """The optimizer that `config` describes, for every parameter of `model` that requires a gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if isinstance(config, recipe.SGD):

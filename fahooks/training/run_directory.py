@@ -1,7 +1,7 @@
 """The run directory: what a run leaves on disk, enough to re-run, resume and report it.
 
 recipe.yaml as given, resolved.yaml with every default, env.json, layers.json (the conversion report), metrics.jsonl, summary.csv
-(a row an epoch), tb/ for TensorBoard, checkpoint.pt, best.safetensors, status.json.
+(a row an epoch), tb/ for TensorBoard, checkpoint.pt, best.safetensors, status.json, and once it is finished plots.png.
 """
 
 from __future__ import annotations
@@ -40,9 +40,18 @@ class RunDirectory:
         self.best = path / "best.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tb"
+        self.plots = path / "plots.png"
 
     @classmethod
-    def create(cls, recipe: Recipe, source: Source, *, out: Path | None, overrides: Sequence[str] = ()) -> RunDirectory:
+    def create(
+        cls,
+        recipe: Recipe,
+        source: Source,
+        *,
+        out: Path | None,
+        overrides: Sequence[str] = (),
+        choices: Mapping[str, str] | None = None,
+    ) -> RunDirectory:
         """Make a fresh one and write what is known before training.
 
         Arguments:
@@ -50,6 +59,7 @@ class RunDirectory:
             source: its text as given.
             out: where; by default runs/<recipe name>-<n> with the first n that is free.
             overrides: what `--set` changed.
+            choices: what was chosen where the recipe says "auto", and why, by dotted key.
 
         Raises:
             InputError: `out` holds something already or can not be written.
@@ -57,7 +67,7 @@ class RunDirectory:
         run = cls(fresh_directory(out, recipe.name))
         run.write("recipe.yaml", source.text)
         run.write("resolved.yaml", recipe.as_yaml())
-        run.write("env.json", _json(_environment(source, overrides)))
+        run.write("env.json", _json({**_environment(source, overrides), "choices": dict(choices or {})}))
         return run
 
     @classmethod

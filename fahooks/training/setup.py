@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,9 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fahooks import models
-from fahooks.data import MemoryLoader, Split, load, split
-from fahooks.plugins import InputError, loaders
-from fahooks.recipe import Recipe
+from fahooks.data import Batch, Dataset, MemoryLoader, Split, load, split
+from fahooks.observation import as_found
+from fahooks.plugins import InputError, loaders, rules
+from fahooks.plugins import models as registered
+from fahooks.recipe import Recipe, with_defaults
 from fahooks.surgery import Report, convert
 from fahooks.training.optimizers import make_optimizer, make_schedule
 
@@ -26,7 +30,8 @@ class Setup:
     """Everything of a run that lives in memory.
 
     Attributes:
-        recipe: what it was made from, automatic choices made.
+        recipe: what it was made from, automatic choices made and defaults written out.
+        choices: what was chosen where the recipe said "auto", and why, by dotted key.
         device: where model and images are.
         train: loader of the images to learn from.
         validation: loader of the images that choose the best epoch.
@@ -34,12 +39,13 @@ class Setup:
         model: the network, converted.
         forward: the model, or its compiled version.
         report: what the conversion did.
-        optimizer: for every parameter of the model.
+        optimizer: for every parameter of the model that requires a gradient.
         schedule: moved on once an epoch.
         autocast: the context that every forward pass runs in.
     """
 
     recipe: Recipe
+    choices: dict[str, str]
     device: torch.device
     train: MemoryLoader
     validation: MemoryLoader
@@ -58,11 +64,13 @@ def prepare(recipe: Recipe) -> Setup:
     Raises:
         InputError: the data is not to be had, or model, rules, data and device do not fit together.
     """
-    recipe = resolve(recipe)
+    choices = {"data.loader": "memory: auto always takes it, as every dataset is held in memory"}
+    choices = choices if recipe.data.loader == "auto" else {}
     device = _device(recipe.train.device)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     dataset = load(recipe.data.dataset, root=recipe.data.root, download=recipe.data.download)
+    recipe = resolve(recipe, dataset)
     parts = split(dataset, validation=recipe.data.validation, limit=recipe.data.limit, seed=recipe.seed)
     train, validation, test = _loaders(recipe, parts, device)
 
@@ -72,9 +80,12 @@ def prepare(recipe: Recipe) -> Setup:
     model = model.to(device)
     if recipe.train.channels_last:
         model = cast(Any, model).to(memory_format=torch.channels_last)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
+    _try(model, recipe.model.name, next(train.in_order()), dataset, autocast)
     optimizer = make_optimizer(model, recipe.optim)
     return Setup(
         recipe=recipe,
+        choices=choices,
         device=device,
         train=train,
         validation=validation,
@@ -84,15 +95,50 @@ def prepare(recipe: Recipe) -> Setup:
         report=report,
         optimizer=optimizer,
         schedule=make_schedule(optimizer, recipe.schedule, recipe.train.epochs),
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"),
+        autocast=autocast,
     )
 
 
-def resolve(recipe: Recipe) -> Recipe:
-    """The recipe with automatic choices made: `loader: auto` is the memory loader."""
-    if recipe.data.loader != "auto":
-        return recipe
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"loader": "memory"})})
+def resolve(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """The recipe with nothing left to choose, so that it is the same run anywhere.
+
+    `loader: auto` is the memory loader, data.root is absolute, and the options of rules and model are written out with their
+    defaults, those of the model as they fit the images of `dataset`.
+    """
+    loader = "memory" if recipe.data.loader == "auto" else recipe.data.loader
+    data = recipe.data.model_copy(update={"loader": loader, "root": os.path.abspath(Path(recipe.data.root).expanduser())})
+    fitting = models.options_for_images(recipe.model.name, dataset.shape, dataset.classes)
+    model = with_defaults(recipe.model, registered.get(recipe.model.name) if recipe.model.name in registered else None, fitting)
+    feedback = [with_defaults(entry, rules.get(entry.rule)) for entry in recipe.feedback]
+    return recipe.model_copy(update={"data": data, "model": model, "feedback": feedback})
+
+
+def _try(model: nn.Module, name: str, batch: Batch, dataset: Dataset, autocast: torch.autocast) -> None:
+    """Run one batch through the model, which stays as it was.
+
+    Raises:
+        InputError: the model does not run on these images, or does not give logits [N, classes].
+    """
+    shape = "x".join(map(str, dataset.shape))
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with as_found(model), torch.no_grad(), autocast:
+            logits = model.eval()(batch.images)
+    except Exception as error:  # a model is code of others: it may raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(
+            f"model {name!r} does not run on images of shape {shape} (CxHxW): {reason}; name another, or set its options"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    images, classes = len(batch.labels), dataset.classes
+    given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(given, tuple) or len(given) != 2 or given[0] != images or given[1] < classes:
+        raise InputError(
+            f"model {name!r} must give logits of shape {(images, classes)} for {images} images of shape {shape} (CxHxW), "
+            f"and gave {given}: name another, or set its options"
+        )
 
 
 def _device(name: str) -> torch.device:

@@ -29,14 +29,22 @@ def step(model: nn.Module, optimizer: Optimizer, schedule: torch.optim.lr_schedu
     schedule.step()
 
 
+def best(folder: Path) -> Path:
+    """A file of best weights."""
+    checkpoint.save_weights(folder / "best", nn.Linear(2, 1))
+    return folder / "best"
+
+
 def test_a_restored_run_goes_on_with_the_same_bits(tmp_path: Path):
     run = parts()
     step(*run)
-    checkpoint.save(tmp_path / "c.pt", *run, Progress(epoch=1, step=7, best_epoch=1, best_error=3.5, seconds=2.0))
+    checkpoint.save(
+        tmp_path / "c.pt", *run, Progress(epoch=1, step=7, best_epoch=1, best_error=3.5, seconds=2.0), best=best(tmp_path)
+    )
     step(*run)
     other = parts(seed=5)
     assert not torch.equal(other[0].state_dict()["0.feedback.matrix"], run[0].state_dict()["0.feedback.matrix"])
-    progress = checkpoint.restore(tmp_path / "c.pt", *other)
+    progress = checkpoint.restore(tmp_path / "c.pt", *other, best=tmp_path / "best")
     assert progress == Progress(epoch=1, step=7, best_epoch=1, best_error=3.5, seconds=2.0)
     step(*other)
     expected = run[0].state_dict()
@@ -46,7 +54,7 @@ def test_a_restored_run_goes_on_with_the_same_bits(tmp_path: Path):
 
 def test_checkpoints_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = parts()
-    checkpoint.save(tmp_path / "c.pt", *run, Progress(epoch=1))
+    checkpoint.save(tmp_path / "c.pt", *run, Progress(epoch=1), best=best(tmp_path))
     before = (tmp_path / "c.pt").read_bytes()
 
     def full_disk(state: object, file: object) -> None:
@@ -55,17 +63,28 @@ def test_checkpoints_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(tmp_path / "c.pt", *run, Progress(epoch=2))
+        checkpoint.save(tmp_path / "c.pt", *run, Progress(epoch=2), best=best(tmp_path))
     assert (tmp_path / "c.pt").read_bytes() == before
 
 
 def test_a_damaged_or_foreign_checkpoint_is_one_line(tmp_path: Path):
     (tmp_path / "c.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="can not be read .*: start the run anew"):
-        checkpoint.restore(tmp_path / "c.pt", *parts())
+        checkpoint.restore(tmp_path / "c.pt", *parts(), best=tmp_path / "best")
     torch.save({"version": 99}, tmp_path / "c.pt")
-    with pytest.raises(InputError, match="has version 99, this is for version 1"):
-        checkpoint.restore(tmp_path / "c.pt", *parts())
+    with pytest.raises(InputError, match="has version 99, this is for version 2"):
+        checkpoint.restore(tmp_path / "c.pt", *parts(), best=tmp_path / "best")
+
+
+def test_the_best_weights_are_put_back_to_those_that_the_checkpoint_knows(tmp_path: Path):
+    run = parts()
+    file = best(tmp_path)
+    known = file.read_bytes()
+    checkpoint.save(tmp_path / "c.pt", *run, Progress(epoch=1, best_epoch=1), best=file)
+    checkpoint.save_weights(file, nn.Linear(2, 1))  # of epoch 2, whose checkpoint a crash took
+    assert file.read_bytes() != known
+    assert checkpoint.restore(tmp_path / "c.pt", *run, best=file).best_epoch == 1
+    assert file.read_bytes() == known
 
 
 class Evil:
@@ -74,9 +93,9 @@ class Evil:
 
 
 def test_a_checkpoint_can_not_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    torch.save({"version": 1, "model": Evil()}, tmp_path / "c.pt")
+    torch.save({"version": 2, "model": Evil()}, tmp_path / "c.pt")
     with pytest.raises(InputError, match="can not be read"):
-        checkpoint.restore(tmp_path / "c.pt", *parts())
+        checkpoint.restore(tmp_path / "c.pt", *parts(), best=tmp_path / "best")
     assert capsys.readouterr().out == ""
 
 
@@ -104,3 +123,27 @@ def test_tied_weights_and_a_model_that_is_one_layer_can_be_saved(tmp_path: Path)
     fahooks.convert(single, "fa")
     checkpoint.save_weights(tmp_path / "single", single)
     assert set(load_file(tmp_path / "single")) == {"weight", "bias"}
+
+
+class Shared(nn.Module):
+    """One layer under two names, and one in a module that is there twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = self.first
+        self.inner = nn.Sequential(nn.Linear(3, 3))
+        self.again = self.inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.second(self.inner(self.first(x))))
+
+
+def test_best_weights_of_shared_layers_load_into_the_plain_model(tmp_path: Path):
+    model, plain = Shared(), Shared()
+    fahooks.convert(model, "fa")
+    assert "second.feedback.matrix" in model.state_dict()
+    checkpoint.save_weights(tmp_path / "shared", model)
+    for other in (plain, model):
+        checkpoint.load_weights(tmp_path / "shared", other)
+    assert torch.equal(plain(torch.ones(1, 3)), model(torch.ones(1, 3)))

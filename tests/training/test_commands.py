@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,27 @@ def test_start_trains_and_ends_with_one_line(in_tmp: Path):
     assert line.endswith("in runs/quickstart-1")
 
 
+def test_a_finished_run_has_a_plot_of_itself(in_tmp: Path):
+    commands.start("quickstart", (*SMALL, "probes.every=1"), Path("a"))
+    assert Path("a/plots.png").read_bytes().startswith(b"\x89PNG")
+    commands.start("quickstart", (*SMALL, "probes.every=null"), Path("b"))
+    assert Path("a/plots.png").stat().st_size > Path("b/plots.png").stat().st_size > 5_000
+
+
+def test_automatic_choices_are_recorded_with_their_reason(in_tmp: Path):
+    for name, loader, expected in (("a", "auto", ["data.loader"]), ("b", "memory", [])):
+        commands.start("quickstart", (*SMALL, f"data.loader={loader}"), Path(name))
+        choices = json.loads(Path(f"{name}/env.json").read_text())["choices"]
+        assert list(choices) == expected
+        assert all(reason.startswith("memory: ") for reason in choices.values())
+
+
 def test_nothing_is_written_when_something_is_wrong_beforehand(in_tmp: Path):
     for overrides in (
         ("data.validation=100000",),
         ("data.dataset=mnist", "data.download=false", f"data.root={in_tmp}"),
         ("seed=x",),
+        ("model={name: torchvision/resnet18}",),
     ):
         with pytest.raises(InputError):
             commands.start("quickstart", overrides)

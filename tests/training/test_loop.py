@@ -160,6 +160,20 @@ def test_tensorboard_gets_the_curves(run: Run):
     assert [event.value for event in events.Scalars("validation_error")] == pytest.approx(logged)
 
 
+def test_tensorboard_forgets_a_first_epoch_that_is_run_again(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stop(*args: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "evaluate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    monkeypatch.undo()
+    cut, recipe = RunDirectory.reopen(tmp_path / "cut")
+    train(prepare(recipe), cut, resume=True)
+    events = EventAccumulator(str(cut.tensorboard)).Reload()
+    assert [event.step for event in events.Scalars("angle/conv1")] == [0, 4, 8, 12]
+
+
 def test_the_reported_test_error_is_that_of_the_saved_weights(run: Run, tiny: Tiny):
     directory, result = run("a")
     setup = prepare(tiny())

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from fahooks.plugins import InputError
-from fahooks.recipe import Recipe
+from fahooks.data import load as load_data
+from fahooks.plugins import InputError, rules
+from fahooks.recipe import Recipe, Source, load
 from fahooks.surgery import feedback_layers
+from fahooks.training import setup as preparation
 from fahooks.training.setup import prepare, resolve
 
 Tiny = Callable[..., Recipe]
@@ -83,7 +87,42 @@ def test_options_that_do_not_fit_the_images_are_an_error(tiny: Tiny):
         prepare(tiny("model.image_size=2"))
 
 
-def test_automatic_choices_are_written_into_the_recipe(tiny: Tiny):
-    assert tiny().data.loader == "auto"
-    assert resolve(tiny()).data.loader == prepare(tiny()).recipe.data.loader == "memory"
-    assert resolve(resolve(tiny())) == resolve(tiny())
+def test_choices_and_defaults_are_written_into_the_recipe(tiny: Tiny, tmp_path: Path):
+    overrides = ("data.root=here", "model.classes=12", "feedback=[{match: output, rule: usf, scale: 0.5}, {rule: usf}]")
+    recipe = tiny(*overrides)
+    digits = load_data("digits", root=tmp_path, download=False)
+    resolved = resolve(recipe, digits)
+    assert (recipe.data.loader, resolved.data.loader) == ("auto", "memory")
+    assert resolved.data.root == os.path.abspath("here")
+    assert resolved.model.options == {"init": "fan_in", "in_channels": 1, "image_size": 8, "classes": 12}
+    assert [f.options["scale"] for f in resolved.feedback] == [0.5, None]
+    assert all(set(f.options) == set(rules.get("usf").options) for f in resolved.feedback)
+    assert resolve(resolved, digits) == resolved == prepare(recipe).recipe
+    assert load(Source("resolved.yaml", resolved.as_yaml())) == resolved
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("torchvision/resnet18", "does not run on images of shape 1x8x8 (CxHxW): RuntimeError: "),
+        ("timm/vit_tiny_patch16_224", "does not run on images of shape 1x8x8 (CxHxW): AssertionError: "),
+        ("paper/mnist, classes: 9", "must give logits of shape (32, 10) for 32 images of shape 1x8x8 (CxHxW), and gave (32, 9)"),
+    ],
+)
+def test_a_model_that_does_not_take_the_images_is_one_line(tiny: Tiny, model: str, reason: str):
+    with pytest.raises(InputError) as caught:
+        prepare(tiny(f"model={{name: {model}}}"))
+    assert str(caught.value).startswith(f"model {model.split(',')[0]!r} {reason}")
+    assert "\n" not in str(caught.value)
+
+
+def test_trying_a_model_leaves_no_trace(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
+    recipe = tiny("model={name: timm/test_resnet}")
+    tried = prepare(recipe)
+    after = torch.get_rng_state()
+    monkeypatch.setattr(preparation, "_try", lambda *arguments: None)
+    untried = prepare(recipe).model
+    assert torch.equal(after, torch.get_rng_state())
+    expected = untried.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in tried.model.state_dict().items())
+    assert [m.training for m in tried.model.modules()] == [m.training for m in untried.modules()]
