@@ -70,7 +70,7 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        click.echo(f"fahooks: {stop or 'stopped'}", err=True)
+        click.echo(f"fahooks: {str(stop) or 'stopped before the run began'}", err=True)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)

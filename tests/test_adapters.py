@@ -6,6 +6,7 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
+from timm.layers.cond_conv2d import CondConv2d
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.naflexvit import NaFlexEmbeds
@@ -127,6 +128,12 @@ def test_attention_with_split_projections_calls_its_layers():
     report = fahooks.convert(attention, "fa")
     assert report.converted == ["q_proj", "k_proj", "v_proj", "proj"]
     assert fahooks.audit(attention, torch.randn(2, 5, 8)).clean
+
+
+def test_a_weight_that_no_adapter_can_name_is_named_by_the_audit():
+    experts = CondConv2d(3, 4, kernel_size=3, num_experts=2)
+    findings = fahooks.audit(experts, torch.randn(2, 3, 5, 5), torch.rand(2, 2))
+    assert [use.parameters for use in findings.unrouted] == [("weight",)]
 
 
 def learn(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -35,6 +35,6 @@ def split(dataset: Dataset, *, validation: int | float, limit: int | None, seed:
     if not 0 < held_out < len(order):
         raise InputError(
             f"data.validation={validation} takes {held_out} of the {len(order)} training images of {dataset.name}: "
-            "it must leave at least one on each side"
+            "set it so that at least one image is left on each side"
         )
     return Split(dataset.train[order[held_out:]], dataset.train[order[:held_out]], dataset.test)

@@ -66,7 +66,8 @@ class Report:
     @property
     def total(self) -> str:
         """The last line of the table."""
-        return f"{len(self.converted)} layers converted, {len(self.skipped)} skipped, {self.memory_bytes:,} bytes added"
+        layers = "layer" if len(self.converted) == 1 else "layers"
+        return f"{len(self.converted)} {layers} converted, {len(self.skipped)} skipped, {self.memory_bytes:,} bytes added"
 
     def as_dict(self) -> dict[str, Any]:
         """The report in types that json can write."""

@@ -83,18 +83,37 @@ def test_quickstart_prints_a_table_and_saves_a_figure(run):
     assert done.output.splitlines()[-1] == "figure runs/quickstart-1/quickstart.png, runs in runs/quickstart-1"
 
 
+def heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_a_stop_before_the_run_began_says_so(run, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fahooks.training.commands.start", stop)
+    done = run("train", "quickstart")
+    assert (done.exit_code, done.stderr) == (130, "fahooks: stopped before the run began\n")
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on_and_does(stop: signal.Signals, tmp_path: Path):
     command = [sys.executable, "-m", "fahooks", "train"]
     start = [*command, "quickstart", "--set=train.epochs=1000", "--set=train.device=cpu", "--set=data.limit=200", "--out", "here"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(start, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while not process.stdout.readline().startswith("epoch 2/"):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(stop)
-    _, errors = process.communicate(timeout=120)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell that starts tests in the background has them ignore Ctrl-C.
+    process = subprocess.Popen(start, cwd=tmp_path, env=environment, **pipes, preexec_fn=heed_interrupts)
+    try:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("epoch 2/"):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(stop)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert errors.splitlines() == ["fahooks: stopped; go on with `fahooks train --resume here`"]
     status = json.loads((tmp_path / "here" / "status.json").read_text())
