@@ -581,6 +581,7 @@ def test_parameters_shaped_like_weights_that_nothing_names_are_in_the_report():
             super().__init__()
             self.head = nn.Linear(4, 4)
             self.projection = nn.Parameter(torch.randn(4, 3))
+            self.position_bias_table = nn.Parameter(torch.randn(4, 3))
             self.token = nn.Parameter(torch.zeros(1, 4))
 
     report = fahooks.convert(Bare(), "fa")

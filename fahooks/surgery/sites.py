@@ -126,11 +126,13 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
 
 
 def _unnamed(name: str, around: tuple[nn.Module, ...]) -> Iterator[Site]:
-    """The parameters of a module that are shaped like weights, and that no adapter names."""
+    """The parameters of a module that are shaped like weights, and that no adapter names; tables of biases are only added."""
     module = around[-1]
     named = functional_weights(module) or ()
     for attribute, parameter in module.named_parameters(recurse=False):
-        if attribute not in named and not is_lazy(parameter) and parameter.dim() > 1 and min(parameter.shape[:2]) > 1:
+        if attribute in named or "bias" in attribute or is_lazy(parameter):
+            continue
+        if parameter.dim() > 1 and min(parameter.shape[:2]) > 1:
             yield Site(join(name, attribute), around, attribute, NO_ADAPTER)
 
 
