@@ -7,7 +7,11 @@ INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint con
 # One thread a process: the tests run side by side, and more threads than cores make them slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help demo test lint clean
+# Root installs as it is; others where sudo asks for no password.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
+HAS_COMPILER := command -v g++ >/dev/null && test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
+
+.PHONY: help demo test lint clean compiler
 
 help:
 	@echo "make demo       create $(VENV), install fahooks, run its quickstart"
@@ -19,9 +23,14 @@ demo: $(VENV)/installed
 	@echo "== Running the quickstart: $(BIN)/fahooks quickstart"
 	$(BIN)/fahooks quickstart
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev compiler
 	@echo "== Running the tests on $(WORKERS) workers; those on real data look under FAHOOKS_DATA ($${FAHOOKS_DATA:-not set: they are skipped})"
 	$(PYTEST)
+
+compiler:
+	@$(HAS_COMPILER) || { echo "== Installing g++ and Python's headers, which torch.compile needs"; \
+		$(AS_ROOT) apt-get install --quiet --yes g++ python3-dev \
+		|| echo "== They could not be installed: the tests that need them are skipped"; }
 
 lint: $(VENV)/installed-dev
 	@echo "== Checking style, format and types: ruff, pyright"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -15,6 +18,11 @@ import fahooks
 
 Learn = Callable[..., Any]
 M = TypeVar("M", bound=nn.Module)
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    reason="inductor needs g++ and Python's headers (Debian: g++, python3-dev)",
+)
 
 ALL_RULES = {"0": "sham", "2": "usf", "4": "usf_init", "7": "usf_sn", "9": "fa"}
 
@@ -84,12 +92,14 @@ def assert_compiles(learn: Learn, plain: nn.Module, converted: nn.Module, x: Ten
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@needs_compiler
 def test_inductor_gives_the_gradients_of_eager(learn: Learn) -> None:
     """One network with every rule: compilation takes its time."""
     plain, converted = pair(convolutions, ALL_RULES)
     assert_compiles(learn, plain, converted, torch.randn(2, 3, 8, 8), "inductor")
 
 
+@needs_compiler
 def test_inductor_gives_the_gradients_of_eager_attention(learn: Learn) -> None:
     plain, converted = pair(lambda: Attention(8, 2, batch_first=True), "fa")
     assert_compiles(learn, plain, converted, torch.randn(2, 5, 8), "inductor")
