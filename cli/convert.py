@@ -268,6 +268,7 @@ def _document(settings: dict[str, Any], report: Report, verification: Verificati
             "skipped": len(report.skipped),
             "memory_bytes": report.memory_bytes,
         },
+        "notes": report.notes,
         "verification": verification.as_dict(),
         "output": written,
         "exit_code": _exit_code(verification),
@@ -289,7 +290,8 @@ def _print(report: Report) -> None:
         cells = (layer.name or "(model)", layer.type, shape, layer.rule, f"{layer.memory_bytes:,}")
         table.add_row(*map(Text, cells), outcome)
     console.print(table)
-    console.print(report.total)
+    for line in (report.total, *report.notes):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _exit_code(verification: Verification) -> int:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
@@ -26,7 +25,9 @@ from torch.utils import _pytree as pytree
 from fahooks import functional
 from fahooks.observation import as_found, edges, inputs_first, tensors, with_gradient
 from fahooks.plugins import InputError
+from fahooks.rules.passes import _Injection, is_marked
 from fahooks.surgery import feedback_rules, lineage
+from fahooks.surgery.layer import rule_of
 
 LINEAR_OPERATIONS: dict[str, slice] = {
     "Linear": slice(0, 2),
@@ -146,7 +147,9 @@ def _findings(graph: _Graph, model: nn.Module, ignored: Sequence[str]) -> Findin
     for node in graph.error_path():
         weight = graph.weight(node)
         if _is_core(node):
-            served.add(id(_rule(node)))
+            served.add(id(rule_of(node.feedback)))  # pyright: ignore[reportAttributeAccessIssue]
+        elif _is(node, _Injection):
+            served.add(id(node.rule))  # pyright: ignore[reportAttributeAccessIssue]
         elif weight and len(graph.operands(node)) == 1:
             constant |= weight
         elif weight and not graph.all_within(weight, ignored):
@@ -185,7 +188,7 @@ class _Graph:
         variable = getattr(node, "variable", None)
         if variable is not None:
             return self.names.get(id(variable))
-        if _is_core(node) or _operation(node) in LOOK_UPS:
+        if _is_core(node) or _is(node, _Injection) or _operation(node) in LOOK_UPS or is_marked(node):
             return None
         parts = [self.made_of[edge] for edge in edges(node)]
         return None if None in parts else frozenset().union(*(part for part in parts if part))
@@ -197,6 +200,8 @@ class _Graph:
     def _error_edges(self, node: Node) -> list[Node]:
         if _is_core(node):
             return edges(node, slice(0, 1)) + edges(node, slice(2, None))
+        if _is(node, _Injection):
+            return edges(node)
         weights = [operand for operand in self.operands(node) if self.made_of[operand]]
         return [edge for edge in edges(node) if edge not in weights]
 
@@ -221,15 +226,11 @@ def _operation(node: Node) -> str:
 
 
 def _is_core(node: Node) -> bool:
-    return getattr(node, "_forward_cls", None) in _CORE
+    return _is(node, *_CORE)
 
 
-def _rule(node: Any) -> Callable[[Tensor], Tensor]:
-    """The rule that a node of the core asks for B, also where it takes a part of B."""
-    feedback = node.feedback
-    while isinstance(feedback, partial):
-        feedback = feedback.args[0]
-    return feedback
+def _is(node: Node, *functions: type) -> bool:
+    return getattr(node, "_forward_cls", None) in functions
 
 
 def _source(node: Any) -> str:

@@ -23,6 +23,8 @@ from torch.autograd.graph import Node
 
 from fahooks.audit import audit
 from fahooks.observation import as_found, edges, inputs_first, tensors, with_gradient
+from fahooks.rules import Rule, targets
+from fahooks.rules.direct_matrix import DirectMatrix
 from fahooks.surgery import feedback_rules
 
 
@@ -203,10 +205,10 @@ def _effective(model: nn.Module, inputs: Sequence[Any], rules: Mapping[str, nn.M
 
 def _backward(
     results: Sequence[Tensor], graph: Sequence[Node], rules: Mapping[str, nn.Module], *, another: bool
-) -> tuple[dict[Node, set[str]], dict[Node, Tensor | None]]:
+) -> tuple[dict[Node, set[str]], dict[Node, tuple[Tensor | None, ...]]]:
     """Which rules every node of the graph asks for B, and the gradient that it then sends below."""
     asked: dict[Node, set[str]] = defaultdict(set)
-    below: dict[Node, Tensor | None] = {}
+    below: dict[Node, tuple[Tensor | None, ...]] = {}
     running: list[Node] = []
 
     def enter(node: Node, place: int) -> Callable[..., Any]:
@@ -220,7 +222,7 @@ def _backward(
     def leave(gradients_below: tuple[Tensor | None, ...], _: Any) -> None:
         node = running.pop()
         if node in asked:
-            below[node] = gradients_below[0]
+            below[node] = gradients_below
 
     def ask(name: str) -> Callable[..., Tensor | None]:
         def note(rule: nn.Module, weight: Any, matrix: Tensor) -> Tensor | None:
@@ -237,23 +239,26 @@ def _backward(
                 stack.callback(node.register_prehook(enter(node, place)).remove)
                 stack.callback(node.register_hook(leave).remove)
         for name, rule in rules.items():
-            stack.callback(rule.register_forward_hook(ask(name)).remove)
+            for module in rule.modules():
+                if isinstance(module, Rule | DirectMatrix):
+                    stack.callback(module.register_forward_hook(ask(name)).remove)
         total = torch.stack([result.abs().sum().double() for result in results]).sum()
         torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
     return asked, below
 
 
-def _changed(before: Tensor | None, after: Tensor | None) -> bool:
-    """Whether a gradient changed by more than rounding; where there is none, nothing did."""
-    if before is None or after is None:
-        return False
+def _changed(before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient changed by more than rounding."""
     norm = torch.linalg.vector_norm
-    return bool(norm(after - before) > 1e-3 * norm(before))
+    pairs = [(was, now) for was, now in zip(before, after, strict=True) if was is not None and now is not None]
+    return any(bool(norm(now - was) > 1e-3 * norm(was)) for was, now in pairs)
 
 
 def _run(model: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
     torch.manual_seed(0)
-    return list(tensors(model(*map(with_gradient, inputs))))
+    samples = next((len(value) for value in inputs if isinstance(value, Tensor) and value.dim() > 0), 1)
+    with targets(model, torch.zeros(samples, dtype=torch.int64)):
+        return list(tensors(model(*map(with_gradient, inputs))))
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fahooks import plugins
 
@@ -40,8 +43,17 @@ class Rule(nn.Module):
     label: str = ""
     """What the user chose it by; set at conversion."""
 
+    name: str = ""
+    """The name of its weight in the report; set at conversion."""
+
     origin: tuple[Any, ...] = ()
     """What it was made from: the class, the options, the seed and the weight's name; set at conversion."""
+
+    note: str = ""
+    """What its user should know, a line under the report of a conversion."""
+
+    learns: bool = False
+    """Whether it takes part in optimizer steps, which `fahooks.attach` tells it of."""
 
     def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
         """Draw the rule's state, once, at conversion.
@@ -64,12 +76,125 @@ class Rule(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement forward(weight)")
 
+    def attach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
+        """Prepare to learn beside `weight`, which `optimizer` updates; called by `fahooks.attach` where `learns` is set."""
+
+    def before_step(self, weight: nn.Parameter) -> None:
+        """Act before the optimizer updates `weight`, whose gradient is final."""
+
+    def after_step(self, weight: nn.Parameter) -> None:
+        """Act after the optimizer has updated `weight`."""
+
+    def detach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
+        """Undo `attach`."""
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
         # A plain checkpoint knows nothing of rules: it loads strictly, and the rule keeps the state that it has.
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+
+
+class LearningRule(Rule):
+    """A rule whose B learns at optimizer steps; leftmost among the bases of a rule that says what B is otherwise.
+
+    `fahooks.attach(model, optimizer)` makes it learn. Where the weight is being trained without, it warns, once.
+    """
+
+    note = "B learns at optimizer steps, once fahooks.attach(model, optimizer) was called"
+    learns = True
+    attached = False
+    seen: int | None = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """B, as the other base says."""
+        # A compiler can not trace how often a tensor was written to.
+        if not self.attached and not torch.compiler.is_compiling() and self.seen != weight._version:
+            if self.seen is not None and self.seen >= 0:
+                what = f"{self.label}: {self.name or 'the weight'} is trained, and its B does not learn"
+                warnings.warn(f"{what}: call fahooks.attach(model, optimizer) before training", stacklevel=2)
+            self.seen = weight._version if self.seen is None else -1
+        return super().forward(weight)
+
+    def attach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
+        """Begin to learn."""
+        self.attached = True
+
+    def detach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
+        """Learn no more."""
+        self.attached = False
+
+
+class DrawingRule(Rule):
+    """A rule that draws again and again, from a private generator that is a pure function of seed, layer name and count.
+
+    So every rank draws the same, a resumed run goes on as it would have, and torch's global generator is not touched.
+    """
+
+    seed: int
+    draws: int = 0
+
+    def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
+        """Note what is drawn from."""
+        self.seed = generator.initial_seed()
+
+    def next_generator(self, device: torch.device) -> torch.Generator:
+        """The generator of the next draw, on the device where it is needed; a GPU draws other numbers than a CPU."""
+        self.draws += 1
+        return torch.Generator(device).manual_seed((self.seed + self.draws) % 2**63)
+
+    def get_extra_state(self) -> Tensor:
+        """How often was drawn; part of the state_dict."""
+        return torch.tensor(self.draws)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on after that many draws."""
+        self.draws = int(state)
+
+
+Layout = Literal["channels first", "channels last", "sequence first"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One linear map or convolution of a forward pass, that a direct rule is asked for.
+
+    Attributes:
+        plain: applies it to an input, as torch does.
+        routed: applies it to an input, with the rule's B in its backward pass.
+        layout: how its input lies: [N, C, ...] for convolutions, [N, ..., C] for linear maps, and [T, N, C] or [T N, C] for those
+            inside `nn.MultiheadAttention`.
+        unbatched: whether the input of a convolution has no dimension N.
+    """
+
+    plain: Callable[[Tensor], Tensor]
+    routed: Callable[[Tensor], Tensor]
+    layout: Layout
+    unbatched: bool = False
+
+
+class DirectRule(Rule):
+    """A rule that sends something else below than B^T delta, and so decides itself what a call does.
+
+    A subclass implements `around`; one that has to do with the whole model also sets `whole`.
+    """
+
+    def around(self, call: Call, input: Tensor) -> Tensor:
+        """Do one call of the layer.
+
+        Arguments:
+            call: the linear map or convolution.
+            input: x, which asks for a gradient.
+
+        Returns:
+            What `call.plain` gives, to the last bit; what differs is the error that reaches `input`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement around(call, input)")
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """B = W, for what passes through the layer itself."""
+        return weight
 
 
 class FunctionRule(Rule):
@@ -120,15 +245,32 @@ def draw(
         InputError: an unknown `init` or `distribution`, or a gain that is not positive.
     """
     check_draw(init, distribution, gain)
-    variances = {"fan_out": 1 / fan_out, "fan_in": 1 / fan_in, "glorot": 2 / (fan_in + fan_out)}
-    deviation = gain * variances[init] ** 0.5
     matrix = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+    fill(matrix, distribution, deviation(init=init, gain=gain, fan_in=fan_in, fan_out=fan_out), generator)
+    return torch.empty_like(weight, requires_grad=False).copy_(matrix)
+
+
+def deviation(*, init: str, gain: float, fan_in: int, fan_out: int) -> float:
+    """The standard deviation that `draw` gives a matrix."""
+    variances = {"fan_out": 1 / fan_out, "fan_in": 1 / fan_in, "glorot": 2 / (fan_in + fan_out)}
+    return gain * variances[init] ** 0.5
+
+
+def fill(matrix: Tensor, distribution: str, deviation: float, generator: torch.Generator) -> None:
+    """Fill a matrix in place with numbers of mean 0 and that standard deviation, "normal" or "uniform"."""
     if distribution == "normal":
         matrix.normal_(0, deviation, generator=generator)
     else:
         bound = 3**0.5 * deviation
         matrix.uniform_(-bound, bound, generator=generator)
-    return torch.empty_like(weight, requires_grad=False).copy_(matrix)
+
+
+def weight_norm(weight: Tensor) -> Tensor:
+    """The L2 norm of a weight, in float32 or its own dtype where that is finer."""
+    precision = torch.promote_types(weight.dtype, torch.float32)
+    # First a unit at a time: added up in one go, the squares of millions of weights lose the last digits of the norm.
+    units = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), dtype=precision)
+    return torch.linalg.vector_norm(units)
 
 
 def check_draw(init: str, distribution: str, gain: float) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fahooks.rules.base import Rule, check_positive, register_rule
+from fahooks.rules.base import DrawingRule, Rule, check_draw, check_positive, deviation, fill, register_rule, weight_norm
 from fahooks.rules.feedback_alignment import FeedbackAlignment
+
+LIAO = "Liao et al. 2015, https://arxiv.org/abs/1510.05067"
 
 MOSKOVITZ = "Moskovitz et al. 2018, https://arxiv.org/abs/1812.06488"
 
 
-@register_rule("usf", paper="Liao et al. 2015, https://arxiv.org/abs/1510.05067")
+@register_rule("usf", paper=LIAO)
 class SignSymmetry(Rule):
     """B = scale x sign(W), the scale fixed.
 
@@ -68,6 +70,56 @@ class SignSymmetryInit(FeedbackAlignment):
         return weight.sign().mul_(self.magnitude)
 
 
+@register_rule("frsf", paper=LIAO)
+class SignSymmetryFixedMagnitude(SignSymmetryInit):
+    """B = abs(M) sign(W), M drawn once: as `usf_init`, and uniform by default.
+
+    Arguments:
+        init: variance of M, see `fahooks.rules.base.draw`.
+        distribution: "normal" or "uniform", mean 0.
+        gain: factor on the standard deviation of M.
+    """
+
+    def __init__(self, *, init: str = "fan_out", distribution: str = "uniform", gain: float = 1.0) -> None:
+        super().__init__(init=init, distribution=distribution, gain=gain)
+
+
+@register_rule("brsf", paper=LIAO)
+class SignSymmetryRandomMagnitude(DrawingRule):
+    """B = abs(M) sign(W), M drawn anew for every backward pass of the layer.
+
+    Arguments:
+        init: variance of M, see `fahooks.rules.base.draw`.
+        distribution: "normal" or "uniform", mean 0.
+        gain: factor on the standard deviation of M.
+
+    Raises:
+        InputError: an unknown `init` or `distribution`, or a gain that is not positive.
+    """
+
+    def __init__(self, *, init: str = "fan_out", distribution: str = "uniform", gain: float = 1.0) -> None:
+        super().__init__()
+        check_draw(init, distribution, gain)
+        self.init = init
+        self.distribution = distribution
+        self.gain = gain
+
+    def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
+        """Fix the deviation of M, and note what it is drawn from."""
+        super().initialise(weight, fan_in=fan_in, fan_out=fan_out, generator=generator)
+        self.deviation = deviation(init=self.init, gain=self.gain, fan_in=fan_in, fan_out=fan_out)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """B = abs(M) sign(W)."""
+        magnitude = torch.empty_like(weight)
+        fill(magnitude, self.distribution, self.deviation, self.next_generator(weight.device))
+        return magnitude.abs_().mul_(weight.sign())
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"init={self.init!r}, distribution={self.distribution!r}, gain={self.gain}"
+
+
 @register_rule("usf_sn", paper=f"{MOSKOVITZ}, eq. 5")
 class SignSymmetryNormalized(Rule):
     """B = norm(W) sign(W) / norm(sign(W)): FA-uSF SN, strict normalization, per layer (eq. 5)."""
@@ -76,6 +128,5 @@ class SignSymmetryNormalized(Rule):
         """B = norm(W) sign(W) / norm(sign(W)), L2 norms; zero where W is all zero."""
         signs = weight.sign()
         precision = torch.promote_types(weight.dtype, torch.float32)
-        weight_norm = torch.linalg.vector_norm(weight, dtype=precision)
-        sign_norm = torch.linalg.vector_norm(signs, dtype=precision).clamp_min(1)
-        return signs.mul_((weight_norm / sign_norm).to(weight.dtype))
+        sign_norm = signs.count_nonzero().to(precision).sqrt().clamp_min(1)
+        return signs.mul_((weight_norm(weight) / sign_norm).to(weight.dtype))

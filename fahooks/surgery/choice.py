@@ -28,19 +28,33 @@ class Choice:
     identity: tuple[Any, ...]
     label: str
 
+    @property
+    def at(self) -> list[str]:
+        """Patterns of the blocks whose outputs the error is sent to; empty for rules that serve layers."""
+        at = getattr(self.make(), "at", None) if self.identity[0] is not Backprop else None
+        return [at] if isinstance(at, str) else list(at or [])
+
     def rule_for(self, site: Site, seed: int) -> Rule | None:
         """The rule for one site: the one it has if that came from the same choice, else a new one; None for backprop."""
         if self.identity[0] is Backprop:
             return None
         weight = site.weight().detach()
         origin = (*self.identity, seed, site.name, weight.shape)
+        fan_in, fan_out = fans(site, weight)
+        return self._made(site, origin, seed, weight, fan_in, fan_out)
+
+    def rule_for_block(self, block: Site, seed: int) -> Rule:
+        """The rule that sends its error to the output of a block; the one it has if that came from the same choice."""
+        return self._made(block, (*self.identity, seed, block.name, "output"), seed, torch.empty(0), 1, 1)
+
+    def _made(self, site: Site, origin: tuple[Any, ...], seed: int, weight: Tensor, fan_in: int, fan_out: int) -> Rule:
         present = site.rule()
         if present is not None and _same(present.origin, origin):
             return present
         rule = self.make()
-        fan_in, fan_out = _fans(site, weight)
-        generator = torch.Generator().manual_seed(_generator_seed(seed, site.name))
+        generator = torch.Generator().manual_seed(generator_seed(seed, site.name))
         rule.initialise(weight, fan_in=fan_in, fan_out=fan_out, generator=generator)
+        rule.name = site.name
         rule.weight_shape = weight.shape
         rule.label = self.label
         rule.origin = origin
@@ -109,11 +123,12 @@ def _same(origin: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return len(origin) == len(other) and all(a is b or (a == b) is True for a, b in zip(origin, other, strict=True))
 
 
-def _generator_seed(seed: int, name: str) -> int:
+def generator_seed(seed: int, name: str) -> int:
+    """The seed of a private generator keyed by `seed` and `name`."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
 
 
-def _fans(site: Site, weight: Tensor) -> tuple[int, int]:
+def fans(site: Site, weight: Tensor) -> tuple[int, int]:
     """N_in, N_out: connections into a unit going forward and going backward (section 5.1)."""
     kernel = weight[0, 0].numel() if weight.dim() > 2 else 1
     first, second = weight.shape[:2]

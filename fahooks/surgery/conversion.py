@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fahooks.rules.base import Rule
+from fahooks.rules.passes import Passes, WholeModelRule, passes_of
 from fahooks.surgery.choice import Choice, RuleLike, rule_chooser
 from fahooks.surgery.layer import FeedbackLayer, functional_weight, swap, unswap
-from fahooks.surgery.report import LEFT_BY_BP, NO_PATTERN, LayerReport, Report
+from fahooks.surgery.report import BETWEEN_BLOCKS, LEFT_BY_BP, NO_PATTERN, LayerReport, Report
 from fahooks.surgery.selection import Selector, reasons_unselected
-from fahooks.surgery.sites import ConversionError, Site, check_materialised, find_sites, functional_weights, modules_of
+from fahooks.surgery.sites import (
+    ConversionError,
+    Site,
+    check_materialised,
+    find_blocks,
+    find_sites,
+    functional_weights,
+    modules_of,
+)
+
+Plan: TypeAlias = list[tuple[Site, Rule | None, str | None]]
+"""What is to become of each site: its rule, or the reason why it has none."""
 
 
 def convert(
@@ -55,24 +67,33 @@ def convert(
     sites = list(find_sites(model))
     choose = rule_chooser(rule, rule_options, sites)
     selected = reasons_unselected(sites, include, exclude)
-    plan: list[tuple[Site, Rule | None, str | None]] = []
+    plan: Plan = []
+    blocks: dict[str, tuple[Site, Choice]] = {}
     for site in sites:
         reason = site.obstacle or selected[site.name]
         new = None
         if reason is None:
             choice = choose(site)
             check_materialised(site)
-            new = choice.rule_for(site, seed) if choice else None
-            reason = _reason_left(choice, new)
+            if choice is not None and (found := find_blocks(model, choice.at)):
+                blocks |= {block.name: (block, choice) for block in found}
+                reason = BETWEEN_BLOCKS
+            else:
+                new = choice.rule_for(site, seed) if choice else None
+                reason = _reason_left(choice, new)
         plan.append((site, new, reason))
+    plan += _block_plan(blocks, plan, seed)
     if not any(new for _, new, _ in plan) and not any(reason == LEFT_BY_BP for _, _, reason in plan):
         raise ConversionError(_nothing_converted(plan))
     _apply(model, plan)
-    return Report([_layer_report(site, new, reason) for site, new, reason in plan])
+    notes = dict.fromkeys(f"{rule.label}: {rule.note}" for _, rule, _ in plan if rule is not None and rule.note)
+    return Report([_layer_report(site, new, reason) for site, new, reason in plan], list(notes))
 
 
 def revert(model: nn.Module) -> None:
     """Undo `convert`: classes, state_dict keys and gradients are as before; a model that was not converted stays as it is."""
+    for passes in passes_of(model):
+        passes.remove()
     for module in list(modules_of(model).values()):
         if isinstance(module, FeedbackLayer):
             unswap(module)
@@ -108,7 +129,8 @@ def feedback_layers(model: nn.Module) -> dict[str, FeedbackLayer]:
 def feedback_rules(model: nn.Module) -> dict[str, Rule]:
     """Every rule of `model`, by the name that its weight has in the report."""
     rules = ((site.name, site.rule()) for site in find_sites(model))
-    return {name: rule for name, rule in rules if rule is not None}
+    blocks: Any = {name: layer.feedback for name, layer in feedback_layers(model).items() if layer.at_output}
+    return {name: rule for name, rule in rules if rule is not None} | blocks
 
 
 def _reason_left(choice: Choice | None, rule: Rule | None) -> str | None:
@@ -117,15 +139,34 @@ def _reason_left(choice: Choice | None, rule: Rule | None) -> str | None:
     return None if rule is not None else LEFT_BY_BP
 
 
-def _apply(model: nn.Module, plan: Sequence[tuple[Site, Rule | None, str | None]]) -> None:
+def _block_plan(blocks: Mapping[str, tuple[Site, Choice]], plan: Plan, seed: int) -> Plan:
+    """The rules of blocks.
+
+    Raises:
+        ConversionError: a block is a layer with a rule of its own.
+    """
+    for site, rule, _ in plan:
+        if rule is not None and any(site.module is block.module for block, _ in blocks.values()):
+            raise ConversionError(f"at: {site.name!r} is a layer with a rule of its own, {rule.label!r}: name other modules")
+    return [(block, choice.rule_for_block(block, seed), None) for block, choice in blocks.values()]
+
+
+def _apply(model: nn.Module, plan: Plan) -> None:
     revert(model)
     for site, rule, _ in plan:
         if rule is not None:
             site.attach(rule)
     for module in list(modules_of(model).values()):
+        if isinstance(module, FeedbackLayer) and module.at_output:
+            continue
         weights = functional_weights(module)
         if weights and any(functional_weight(module, name)[2] is not None for name in weights):
             swap(module).functional_weights = weights
+    whole = [rule for _, rule, _ in plan if isinstance(rule, WholeModelRule)]
+    if whole:
+        passes = Passes(model)
+        for rule in whole:
+            rule.passes = passes
 
 
 def _layer_report(site: Site, rule: Rule | None, reason: str | None) -> LayerReport:
@@ -135,7 +176,7 @@ def _layer_report(site: Site, rule: Rule | None, reason: str | None) -> LayerRep
     return LayerReport(site.name, site.plain_type.__name__, shape, rule.label if rule is not None else "", memory, reason)
 
 
-def _nothing_converted(plan: Sequence[tuple[Site, Rule | None, str | None]]) -> str:
+def _nothing_converted(plan: Plan) -> str:
     if not plan:
         return "nothing to convert: the model has no linear or convolution layer"
     reasons = sorted({reason for _, _, reason in plan if reason})

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fahooks import functional
 from fahooks.plugins import InputError
+from fahooks.rules.base import Call, DirectRule, Layout
 
 
 class FeedbackLayer(nn.Module):
@@ -28,16 +29,21 @@ class FeedbackLayer(nn.Module):
             parameter name.
         feedback_enabled: False inside `fahooks.backprop`.
         functional_weights: for a module that uses weights functionally, their names (of its own or of children); else None.
+        at_output: whether it is a block, at whose output the rule sends its error, with backpropagation inside.
     """
 
     feedback: nn.Module
     feedback_enabled: bool
     functional_weights: tuple[str, ...] | None
+    at_output: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward, its weights' calls routed through the feedback rule where gradients are recorded."""
         if not (self.feedback_enabled and torch.is_grad_enabled() and self._sends_error(args, kwargs)):
             return super().forward(*args, **kwargs)
+        if self.at_output:
+            block: Any = self.feedback
+            return block.cut(super().forward(*args, **kwargs))
         if self._uses_parametrized_weights():
             # A parametrization computes a new tensor each time it is asked: kept, it is known again where it is used. torch's
             # attention asks for its packed projection three times a pass in training: spectral_norm then moves once, not thrice.
@@ -105,13 +111,37 @@ class Routing(TorchFunctionMode):
         if core is not None:
             feedback = self.feedback_for(args[1] if len(args) > 1 else kwargs["weight"])
             if feedback is not None:
-                return core(*args, **kwargs, feedback=feedback)
+                return self.call(func, feedback, *args, **kwargs)
         elif func is F.multi_head_attention_forward:
             with self:
                 return _multi_head_attention_forward(*args, **kwargs)
         elif func in _TAKES_PARTS and self.layer.functional_weights is not None:
             return self.take_parts(func, *args, **kwargs)
         return func(*args, **kwargs)
+
+    def call(self, func: Callable[..., Tensor], feedback: functional.Feedback, *args: Any, **kwargs: Any) -> Tensor:
+        """Call the core in place of `func`; a direct rule decides itself what is called."""
+        core, rule = functional.ROUTES[func], rule_of(feedback)
+        if not isinstance(rule, DirectRule):
+            return core(*args, **kwargs, feedback=feedback)
+        input, *others = args if args else (kwargs.pop("input"),)
+        if not input.requires_grad:
+            return func(input, *others, **kwargs)
+        return rule.around(
+            Call(
+                plain=lambda x: func(x, *others, **kwargs),
+                routed=lambda x: core(x, *others, **kwargs, feedback=feedback),
+                layout=self.layout(func),
+                unbatched=input.dim() == DIMENSIONS.get(func),
+            ),
+            input,
+        )
+
+    def layout(self, func: Callable[..., Tensor]) -> Layout:
+        """How the input of a call of `func` lies."""
+        if func is not F.linear:
+            return "channels first"
+        return "sequence first" if isinstance(self.layer, nn.MultiheadAttention) else "channels last"
 
     def feedback_for(self, weight: Tensor) -> functional.Feedback | None:
         """The layer's feedback for a weight, or for a part that was taken of one."""
@@ -129,6 +159,24 @@ class Routing(TorchFunctionMode):
                 take = (func, args, kwargs, index)
                 self.parts.append((part, partial(_part_of_feedback, rule, whole.detach(), take)))
         return taken
+
+
+DIMENSIONS = {
+    F.conv1d: 2,
+    F.conv2d: 3,
+    F.conv3d: 4,
+    F.conv_transpose1d: 2,
+    F.conv_transpose2d: 3,
+    F.conv_transpose3d: 4,
+}
+"""How many dimensions an unbatched input has."""
+
+
+def rule_of(feedback: functional.Feedback) -> functional.Feedback:
+    """The rule that a call asks for B, also where it takes a part of B."""
+    while isinstance(feedback, partial):
+        feedback = feedback.args[0]
+    return feedback
 
 
 _TAKES_PARTS = (Tensor.chunk, Tensor.split, Tensor.__getitem__)
@@ -218,6 +266,7 @@ def swap(module: nn.Module) -> FeedbackLayer:
         module.__class__ = with_feedback(module)
         layer.feedback_enabled = True
         layer.functional_weights = None
+        layer.at_output = False
     return layer
 
 
@@ -225,5 +274,5 @@ def unswap(layer: FeedbackLayer) -> None:
     """Make `layer` what it was before `swap`, and take its rule away."""
     layer.__class__ = without_feedback(type(layer))  # pyright: ignore[reportAttributeAccessIssue]
     layer._modules.pop("feedback", None)
-    for attribute in ("feedback_enabled", "functional_weights"):
+    for attribute in ("feedback_enabled", "functional_weights", "at_output"):
         del layer.__dict__[attribute]

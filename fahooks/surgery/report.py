@@ -13,7 +13,9 @@ NO_PATTERN = "no pattern matches"
 
 LEFT_BY_BP = "rule bp: left as it is"
 
-LEFT_AS_ASKED = frozenset({LEFT_BY_BP, NO_PATTERN, EXCLUDED, NOT_INCLUDED})
+BETWEEN_BLOCKS = "backpropagation: the error is sent to the outputs of blocks"
+
+LEFT_AS_ASKED = frozenset({LEFT_BY_BP, NO_PATTERN, EXCLUDED, NOT_INCLUDED, BETWEEN_BLOCKS})
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `convert` did, layer by layer; prints as a table."""
+    """What `convert` did, layer by layer; prints as a table.
+
+    Attributes:
+        layers: a line each.
+        notes: what a user of the rules should know.
+    """
 
     layers: list[LayerReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def converted(self) -> list[str]:
@@ -71,7 +79,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The report in types that json can write."""
-        return {"layers": [vars(layer) for layer in self.layers], "memory_bytes": self.memory_bytes}
+        return {"layers": [vars(layer) for layer in self.layers], "memory_bytes": self.memory_bytes, "notes": self.notes}
 
     def __str__(self) -> str:
         header = ("layer", "type", "weight", "rule", "bytes added", "")
@@ -88,4 +96,4 @@ class Report:
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, self.total])
+        return "\n".join([*lines, self.total, *self.notes])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Site:
     Attributes:
         name: its name in reports.
         around: the modules around it, the one that owns it last.
-        attribute: the weight's name there; empty where there is none.
+        attribute: the weight's name there; empty where there is none, and for a block, whose output is the site.
         obstacle: why no rule can serve it; None if one can.
     """
 
@@ -72,6 +73,11 @@ class Site:
         return self.attribute != "weight" or not isinstance(self.module, CONVERTIBLE)
 
     @property
+    def is_block(self) -> bool:
+        """Whether the site is the output of the module, rather than a weight."""
+        return not self.attribute and self.obstacle is None
+
+    @property
     def plain_type(self) -> type[nn.Module]:
         """The class of that module as it is without fahooks."""
         return without_feedback(type(self.module))
@@ -86,16 +92,17 @@ class Site:
 
     def rule(self) -> Rule | None:
         """The rule that the weight has now."""
-        if not self.attribute or not isinstance(self.module, FeedbackLayer):
+        if not isinstance(self.module, FeedbackLayer) or self.module.at_output != self.is_block:
             return None
         rules: Any = self.module._modules.get("feedback")
         found: Any = rules._modules.get(self.attribute) if isinstance(rules, nn.ModuleDict) else rules
-        return found
+        return found if self.attribute or self.is_block else None
 
     def attach(self, rule: Rule) -> None:
         """Make the module a feedback layer with `rule`: as `feedback`, or as an entry of it where an adapter names the weight."""
         layer = swap(self.module)
-        if not self.named:
+        layer.at_output = self.is_block
+        if self.is_block or not self.named:
             layer.feedback = rule
         else:
             rules: Any = layer._modules.setdefault("feedback", nn.ModuleDict())
@@ -123,6 +130,26 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
             yield Site(name, around, "", reason)
         elif not isinstance(module, CONVERTIBLE) and "parametrizations" not in name.split("."):
             yield from _unnamed(name, around)
+
+
+def find_blocks(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
+    """The modules that `patterns` name, in model order; of one inside another, the outer one.
+
+    Arguments:
+        model: any module.
+        patterns: qualified names, or globs over them.
+
+    Raises:
+        ConversionError: a pattern names none.
+    """
+    modules = modules_of(model)
+    names = [name for name in modules if name]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ConversionError(f"at: {pattern!r} matches none of the {len(names)} modules{plugins.near(pattern, names)}")
+    named = {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    outer = [name for name in names if name in named and not named.intersection(lineage(name)[1:])]
+    return [Site(name, (model, *(modules[n] for n in reversed(lineage(name)))), "") for name in outer]
 
 
 def _unnamed(name: str, around: tuple[nn.Module, ...]) -> Iterator[Site]:

@@ -1,0 +1,164 @@
+"""The feedback matrix of direct rules: from every unit of a source to every unit of a layer's input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fahooks.plugins import InputError
+from fahooks.rules.base import Layout, check_choice, check_draw, deviation, fill
+
+FEEDBACK = ("dense", "channel", "seeded")
+
+SLICE = 2**22
+"""How many entries of a matrix are drawn at once."""
+
+
+class DirectMatrix(nn.Module):
+    """B [units, sources], random and fixed: sends an error e [N, sources] as B e to the units of a layer's input.
+
+    It is drawn when the sizes are first known, in slices that each have a seed of their own.
+
+    Arguments:
+        seed: what it is drawn from.
+        feedback: "dense" keeps B. "channel" gives all positions of a channel one value: B [channels, source channels], applied
+            to the sum over positions; the variance is that of the dense matrix. "seeded" keeps nothing, and draws the
+            slices of the dense B anew at each use: on a CPU the same ones, on a GPU by its own generator.
+        init: variance of B, gain^2 x 1/sources for "fan_out", 1/units for "fan_in", 2 / (units + sources) for "glorot".
+        distribution: "normal" or "uniform", mean 0.
+        gain: factor on the standard deviation.
+
+    Raises:
+        InputError: an unknown choice, or a gain that is not positive.
+    """
+
+    values: Tensor | None
+
+    def __init__(self, seed: int, *, feedback: str, init: str, distribution: str, gain: float) -> None:
+        super().__init__()
+        check_choice("feedback", feedback, FEEDBACK)
+        check_draw(init, distribution, gain)
+        self.seed = seed
+        self.feedback = feedback
+        self.init = init
+        self.distribution = distribution
+        self.gain = gain
+        self.register_buffer("values", None)
+
+    def forward(self, error: Tensor, shape: torch.Size) -> Tensor:
+        """B e for a batch, cast to the dtype of e.
+
+        Arguments:
+            error: e, [N, C, P]: samples, channels and positions of the source.
+            shape: [N, C, P] of the layer's input.
+
+        Returns:
+            The signal for the layer's input, of that shape.
+
+        Raises:
+            InputError: the sizes are not those that B was drawn for.
+        """
+        samples, channels, positions = shape
+        if self.feedback == "channel":
+            summed = error.sum(2) @ self._kept(error, shape).t()
+            return summed.unsqueeze(2).expand(shape)
+        flat = error.reshape(samples, -1)
+        if self.feedback == "dense":
+            return (flat @ self._kept(error, shape).t()).view(shape)
+        signal = flat.new_empty(samples, channels * positions)
+        for start, stop, rows in self._slices(error, shape, error.device):
+            torch.matmul(flat, rows.to(flat.dtype).t(), out=signal[:, start:stop])
+        return signal.view(shape)
+
+    def _kept(self, error: Tensor, shape: torch.Size) -> Tensor:
+        """The matrix that is kept, drawn at its first use."""
+        rows, columns = self._sizes(error, shape)
+        if self.values is None:
+            drawn = torch.cat([part for _, _, part in self._slices(error, shape, torch.device("cpu"))])
+            self.values = drawn.to(error.device, torch.promote_types(error.dtype, torch.float32))
+        if self.values.shape != (rows, columns):
+            raise InputError(
+                f"the feedback matrix was drawn for {self.values.shape[1]} units of the source and {self.values.shape[0]} of the "
+                f"target, not for {columns} and {rows}: sizes must stay, or use feedback='channel', which sums over positions"
+            )
+        if self.values.device != error.device:
+            self.values = self.values.to(error.device)
+        return self.values.to(error.dtype)
+
+    def _sizes(self, error: Tensor, shape: torch.Size) -> tuple[int, int]:
+        """Rows and columns of what is drawn."""
+        if self.feedback == "channel":
+            return shape[1], error.shape[1]
+        return shape[1] * shape[2], error.shape[1] * error.shape[2]
+
+    def _slices(self, error: Tensor, shape: torch.Size, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+        """First row, row after the last, and values of each slice."""
+        rows, columns = self._sizes(error, shape)
+        spread = deviation(init=self.init, gain=self.gain, fan_in=shape[1] * shape[2], fan_out=error.shape[1] * error.shape[2])
+        generator = torch.Generator(device)
+        height = max(1, SLICE // columns)
+        for start in range(0, rows, height):
+            stop = min(start + height, rows)
+            values = torch.empty(stop - start, columns, dtype=torch.float32, device=device)
+            fill(values, self.distribution, spread, generator.manual_seed((self.seed + start) % 2**63))
+            yield start, stop, values
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # The one in the checkpoint may have been drawn when this one is not yet, and the other way round.
+        found = state_dict.get(f"{prefix}values")
+        if found is not None:
+            self.values = torch.empty_like(found) if self.values is None else self.values
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@dataclass(frozen=True)
+class Units:
+    """How the units of a tensor lie, and the way to [N, C, P]: samples, channels, positions.
+
+    Arguments:
+        shape: the tensor's; an unbatched one has a leading 1.
+        layout: where its channels are.
+        samples: N.
+
+    Raises:
+        InputError: the tensor's values can not be divided among the samples.
+    """
+
+    shape: torch.Size
+    layout: Layout
+    samples: int
+
+    def __post_init__(self) -> None:
+        first = self.shape.numel() if self.layout == "sequence first" else self.shape[0]
+        if first % self.samples:
+            raise InputError(f"a tensor of shape {tuple(self.shape)} can not be divided among a batch of {self.samples}")
+
+    @property
+    def folded(self) -> torch.Size:
+        """The shape [N, C, P]."""
+        channels = self.shape[1] if self.layout == "channels first" else self.shape[-1]
+        return torch.Size((self.samples, channels, self.shape.numel() // (self.samples * channels)))
+
+    def fold(self, tensor: Tensor) -> Tensor:
+        """A tensor of these units as [N, C, P]."""
+        channels = self.folded[1]
+        if self.layout == "channels first":
+            split = tensor.reshape(self.samples, -1, channels, self.shape[2:].numel())
+            return split.transpose(1, 2).reshape(self.folded)
+        if self.layout == "sequence first":
+            return tensor.reshape(-1, self.samples, channels).permute(1, 2, 0)
+        return tensor.reshape(self.samples, -1, channels).transpose(1, 2)
+
+    def unfold(self, signal: Tensor) -> Tensor:
+        """The inverse of `fold`."""
+        channels = self.folded[1]
+        if self.layout == "channels first":
+            split = signal.reshape(self.samples, channels, -1, self.shape[2:].numel())
+            return split.transpose(1, 2).reshape(self.shape)
+        if self.layout == "sequence first":
+            return signal.permute(2, 0, 1).reshape(self.shape)
+        return signal.transpose(1, 2).reshape(self.shape)

@@ -1,0 +1,65 @@
+"""The Kolen-Pollack rule: B learns by the same update as W (Kolen, Pollack 1994; Akrout et al. 2019)."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fahooks.plugins import InputError
+from fahooks.rules.base import LearningRule, register_rule
+from fahooks.rules.feedback_alignment import FeedbackAlignment
+
+
+@register_rule("kp", paper="Kolen, Pollack 1994; Akrout et al. 2019, https://arxiv.org/abs/1904.05391")
+class KolenPollack(LearningRule, FeedbackAlignment):
+    """B^T delta with B that gets every update that W gets, so that weight decay lets the two meet.
+
+    With learning rate eta and weight decay lambda, under SGD
+
+        W <- (1 - eta lambda) W - eta dJ/dW
+        B <- (1 - eta lambda) B - eta dJ/dW
+
+    so that W - B shrinks by 1 - eta lambda a step. `fahooks.attach(model, optimizer)` puts B into the parameter group of W, with
+    the gradient of W as its own: it gets the momentum, the adaptive step, the weight decay and the learning rate of any
+    optimizer. Without weight decay W - B stays as it is.
+
+    Arguments:
+        init: variance of the initial B, see `fahooks.rules.base.draw`.
+        distribution: "normal" or "uniform", mean 0.
+        gain: factor on the standard deviation.
+
+    Raises:
+        InputError: an unknown `init` or `distribution`, or a gain that is not positive.
+    """
+
+    def attach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
+        """Put B into the parameter group of W."""
+        super().attach(weight, optimizer)
+        _group(weight, optimizer)["params"].append(self.matrix)
+        self.updated = self.matrix
+
+    def before_step(self, weight: nn.Parameter) -> None:
+        """Give B the gradient of W.
+
+        Raises:
+            InputError: B is another tensor than the one that the optimizer updates.
+        """
+        if self.matrix is not self.updated:
+            raise InputError(f"{self.label}: the B of {self.name!r} was moved or replaced after fahooks.attach: attach again")
+        # A copy: a fused optimizer undoes loss scaling in the gradients themselves, in each of them once.
+        self.matrix.grad = None if weight.grad is None else weight.grad.detach().clone()
+
+    def after_step(self, weight: nn.Parameter) -> None:
+        """Let the gradient of B go."""
+        self.matrix.grad = None
+
+    def detach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
+        """Take B, and what the optimizer keeps of it, out again."""
+        super().detach(weight, optimizer)
+        group = _group(weight, optimizer)
+        group["params"] = [parameter for parameter in group["params"] if parameter is not self.updated]
+        optimizer.state.pop(self.updated, None)
+
+
+def _group(weight: nn.Parameter, optimizer: Optimizer) -> dict:
+    return next(group for group in optimizer.param_groups if any(parameter is weight for parameter in group["params"]))

@@ -1,0 +1,288 @@
+"""Forward passes of a whole model, for the direct rules: what the model returned, and which layers it called on the way.
+
+A direct rule gets its error through the autograd graph itself. Where the error is known, at the model's output for example,
+`inject` adds an edge from there to the input of a layer. So every backward pass, of any loss, sends the error of its own forward
+pass, and nothing is kept between them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
+from torch.utils import _pytree as pytree
+
+from fahooks.plugins import InputError, near
+from fahooks.rules.base import DirectRule, Layout
+from fahooks.rules.direct_matrix import Units
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A tensor of a pass that an error is to be sent to: the input of a layer, or the output of a block.
+
+    Attributes:
+        rule: of the layer or block.
+        tensor: the tensor.
+        units: how its units lie.
+        version: how often it had been overwritten then.
+        copy: what went on in its place, where that is another tensor.
+    """
+
+    rule: WholeModelRule
+    tensor: Tensor
+    units: Units
+    version: int
+    copy: Tensor | None = None
+
+    def target(self) -> Tensor:
+        """The tensor, as it was when it was noted.
+
+        Raises:
+            InputError: it was overwritten since.
+        """
+        if _version(self.tensor) != self.version:
+            raise InputError(f"{self.rule.label}: the tensor at {self.rule.name!r} was overwritten before the pass ended")
+        return self.tensor
+
+
+@dataclass
+class Pass:
+    """One forward pass of the model.
+
+    Attributes:
+        samples: N, the size of the batch.
+        targets: what `fahooks.targets` gave, if anything.
+        visits: what errors are to be sent to, in the order of the calls.
+    """
+
+    samples: int
+    targets: Tensor | None = None
+    visits: list[Visit] = field(default_factory=list)
+
+
+class WholeModelRule(DirectRule):
+    """A direct rule that has to do with the whole model, not with one layer alone.
+
+    Attributes:
+        passes: the forward passes of the model that was converted; set at conversion.
+    """
+
+    passes: Passes
+
+    def finish(self, visit: Visit, output: Any, current: Pass) -> Any:
+        """The model's output, as it is to be returned; called at the end of the pass for each visit of this rule."""
+        return output
+
+    def visit(self, tensor: Tensor, layout: Layout, *, unbatched: bool = False, copy: Tensor | None = None) -> Visit | None:
+        """Note in the pass that is running that `tensor` wants an error; None where activation checkpointing repeats a call.
+
+        Raises:
+            InputError: no pass of the model is running.
+        """
+        current = self.passes.current
+        if current is None:
+            if _recomputing():
+                return None
+            raise InputError(
+                f"{self.label}: layer {self.name!r} was called outside of the forward pass of the model that was converted, from "
+                "whose output its error comes: call that model, or convert the module that you call; activation checkpointing "
+                "needs use_reentrant=False"
+            )
+        samples = 1 if unbatched or tensor.dim() == 1 else current.samples
+        visit = Visit(self, tensor, units(tensor, layout, samples, unbatched=unbatched), _version(tensor), copy)
+        current.visits.append(visit)
+        return visit
+
+
+def units(tensor: Tensor, layout: Layout, samples: int, *, unbatched: bool = False) -> Units:
+    """How the units of a tensor lie."""
+    shape = torch.Size((1, *tensor.shape)) if unbatched or tensor.dim() == 1 else tensor.shape
+    return Units(shape, layout, samples)
+
+
+class Passes:
+    """Watches the forward passes of `model`.
+
+    Arguments:
+        model: the model that was converted.
+
+    Attributes:
+        current: the pass that is running; None outside of one.
+        targets: what the next passes are to know of.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.current: Pass | None = None
+        self.targets: Tensor | None = None
+        self.handles = (
+            model.register_forward_pre_hook(self.begin, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self.end, always_call=True),
+        )
+
+    def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Begin a pass."""
+        first = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        self.current = Pass(1 if first is None or first.dim() < 2 else first.shape[0], self.targets)
+
+    def end(self, model: nn.Module, args: Any, output: Any) -> Any:
+        """End the pass, and give the output the edges that the rules want."""
+        current, self.current = self.current, None
+        if current is None or not current.visits:
+            return output
+        for visit in reversed(current.visits):
+            output = visit.rule.finish(visit, output, current)
+        return output
+
+    def remove(self) -> None:
+        """Watch no more."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def passes_of(model: nn.Module) -> list[Passes]:
+    """The watched passes of a model and its parts."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return [hook.__self__ for hook in hooks if isinstance(getattr(hook, "__self__", None), Passes)]
+
+
+@contextmanager
+def targets(model: nn.Module, labels: Tensor) -> Iterator[None]:
+    """Tell the rules of `model` that need them (drtp) the targets of the forward passes inside; others do not mind.
+
+    Arguments:
+        model: a converted model, or any other.
+        labels: class indices int64 [N], or values of the shape of the model's output.
+    """
+    watched = passes_of(model)
+    before = [passes.targets for passes in watched]
+    for passes in watched:
+        passes.targets = labels
+    try:
+        yield
+    finally:
+        for passes, old in zip(watched, before, strict=True):
+            passes.targets = old
+
+
+def inject(carrier: Tensor, target: Tensor, send: Callable[[Tensor], Tensor], rule: DirectRule) -> Tensor:
+    """`carrier`, with an edge: of the error that reaches it, `target` gets what `send` makes of it.
+
+    Arguments:
+        carrier: where the error comes from.
+        target: where it goes to, a tensor that asks for a gradient.
+        send: maps the error, of the carrier's shape, to a signal of the target's.
+        rule: whose edge it is.
+    """
+    return _Injection.apply(carrier, target, send, rule)
+
+
+MARK = "fahooks: a signal"
+
+
+def mark(output: Tensor) -> Tensor:
+    """`output` of a layer that read a copy of its input: where the graph is kept for inspection, it says that it is a signal.
+
+    Without the edge to its input it would look like a constant, made of the layer's weight alone.
+    """
+    if _inspected() and output.grad_fn is not None:
+        _metadata(output.grad_fn)[MARK] = True
+    return output
+
+
+def is_marked(node: Node) -> bool:
+    """Whether a node of the graph made an output that was marked."""
+    return MARK in _metadata(node)
+
+
+def _inspected() -> bool:
+    """Whether the graph is kept for inspection, as the audit does; a compiler can not trace the question."""
+    return not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; a compiler can not trace that, and leaves nothing to be overwritten."""
+    return 0 if torch.compiler.is_compiling() else tensor._version
+
+
+def _metadata(node: Any) -> dict[str, Any]:
+    return node.metadata
+
+
+def copy_without_edge(tensor: Tensor) -> Tensor:
+    """A copy, in the same memory, that lets no error pass; where the graph is kept for inspection, one that is seen there."""
+    copy = tensor.detach()
+    return copy.requires_grad_().clone() if _inspected() else copy
+
+
+class _Injection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, target: Tensor, send: Callable[[Tensor], Tensor], rule: DirectRule) -> Tensor:
+        ctx.send, ctx.rule, ctx.shape, ctx.dtype = send, rule, target.shape, target.dtype
+        return carrier.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
+        signal = ctx.send(error).reshape(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return error, signal, None, None
+
+
+def chosen(output: Any, option: int | str | None, rule: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The tensor of a model's output that the error is taken from, and what puts another in its place.
+
+    Raises:
+        InputError: it is not clear which, or there is none of that name.
+    """
+    parts = _parts(output)
+    if option is None:
+        found = [key for key, part in parts.items() if isinstance(part, Tensor) and part.is_floating_point()]
+        if len(found) != 1:
+            names = ", ".join(map(repr, found)) or "none"
+            raise InputError(f"{rule}: the model returns several tensors, or none ({names}): choose one with the option output=")
+        option = found[0]
+    if not isinstance(parts.get(option), Tensor):
+        raise InputError(f"{rule}: the model's output has no tensor output={option!r}{near(str(option), map(str, parts))}")
+    return parts[option], lambda tensor: _with_part(output, option, tensor)
+
+
+def _parts(output: Any) -> Mapping[Any, Any]:
+    if isinstance(output, Tensor):
+        return {0: output}
+    if isinstance(output, tuple | list):
+        return dict(enumerate(output))
+    if isinstance(output, Mapping):
+        return output
+    return vars(output) if hasattr(output, "__dict__") else {}
+
+
+def _with_part(output: Any, key: Any, tensor: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, tuple | list):
+        values = [tensor if index == key else part for index, part in enumerate(output)]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type | Mapping):
+        return dataclasses.replace(output, **{key: tensor})
+    changed = copy.copy(output)
+    if isinstance(changed, Mapping):
+        changed: Any = changed
+        changed[key] = tensor
+    else:
+        setattr(changed, key, tensor)
+    return changed
+
+
+def _recomputing() -> bool:
+    """Whether this is the second run of a part of a forward pass, by non-reentrant checkpointing, in the backward pass."""
+    internals: Any = torch._C
+    in_backward = internals._current_graph_task_id() != -1
+    return in_backward and internals._autograd._top_saved_tensors_default_hooks(True) is not None
