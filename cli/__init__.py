@@ -15,7 +15,9 @@ COMMANDS = {
     "convert": ("fahooks.cli.convert", "Convert MODEL, with random weights, to feedback alignment and verify it."),
     "ls": ("fahooks.cli.ls", "List what has a name, with its options and their defaults."),
     "quickstart": ("fahooks.cli.train", "Train bp, fa and usf_sn on real digits, on a CPU in about a minute, and compare them."),
+    "reproduce": ("fahooks.cli.reproduce", "Train what is missing of the paper's Table 1, and set ours beside the paper's."),
     "train": ("fahooks.cli.train", "Train RECIPE: the name of a shipped recipe (`fahooks ls recipes`) or a file."),
+    "validate": ("fahooks.cli.validate", "Check recipes, all shipped ones where none is named, and say what is wrong in each."),
 }
 
 

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 REGISTRIES: dict[str, Registry] = {
     f"{registry.kind}s": registry
-    for registry in (plugins.rules, plugins.hooks, plugins.models, plugins.datasets, plugins.loaders, plugins.adapters)
+    for registry in (
+        plugins.rules,
+        plugins.hooks,
+        plugins.models,
+        plugins.datasets,
+        plugins.augmentations,
+        plugins.loaders,
+        plugins.adapters,
+    )
 }
 KINDS = [*REGISTRIES, "recipes"]
 ZOOS = ("timm", "torchvision")

@@ -33,7 +33,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], out: Path | None, resu
 
     if resume is not None and (recipe or overrides or out):
         raise InputError("--resume takes everything from the run directory: leave RECIPE, --set and --out away")
-    with _stoppable():
+    with stoppable():
         if resume is not None:
             click.echo(commands.resume(resume))
         elif recipe is not None:
@@ -55,7 +55,7 @@ def quickstart(overrides: tuple[str, ...], out: Path | None) -> None:
     from fahooks.report.runs import read_run
     from fahooks.training import commands
 
-    with _stoppable():
+    with stoppable():
         folder = commands.quickstart(overrides, out)
     runs = [read_run(folder / rule) for rule in commands.QUICKSTART_RULES]
     figures.comparison(runs, folder / "quickstart.png")
@@ -64,7 +64,7 @@ def quickstart(overrides: tuple[str, ...], out: Path | None) -> None:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """End on Ctrl-C, and on the SIGTERM that clusters send, with one line that says how to go on, exit code 130."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

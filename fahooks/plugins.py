@@ -1,7 +1,8 @@
 """Registries: how everything that has a name in fahooks gets that name.
 
-One `Registry` holds one kind of thing (rules, hooks, models, datasets, loaders, adapters). An entry describes itself, so that
-help texts and tables are generated from it. Another package adds entries through the entry point group `fahooks.plugins`:
+One `Registry` holds one kind of thing (rules, hooks, models, datasets, augmentations, loaders, adapters). An entry describes
+itself, so that help texts and tables are generated from it. Another package adds entries through the entry point group
+`fahooks.plugins`:
 
     [project.entry-points."fahooks.plugins"]
     my_rules = "my_package.rules"          # importing this module registers what it defines
@@ -154,6 +155,7 @@ rules = Registry("rule", home="fahooks.rules")
 hooks = Registry("hook", home="fahooks.hooks")
 models = Registry("model", home="fahooks.models")
 datasets = Registry("dataset", home="fahooks.data")
+augmentations = Registry("augmentation", home="fahooks.data")
 loaders = Registry("loader", home="fahooks.data")
 adapters = Registry("adapter", home="fahooks.adapters")
 

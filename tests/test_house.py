@@ -128,12 +128,13 @@ def test_every_public_name_has_a_docstring():
     assert [name for name, thing in public.items() if not inspect.getdoc(thing)] == []
 
 
-def test_the_readme_lists_every_rule_with_its_options():
+def test_the_readme_lists_every_rule_and_hook_with_its_options():
     rows = {
         cells[1].strip(" `"): cells[3]
         for line in (ROOT / "README.md").read_text().splitlines()
         if line.startswith("| `") and len(cells := line.split("|")) == 6
     }
-    assert {name: ", ".join(f"`{option}`" for option in plugins.rules.get(name).options) for name in plugins.rules.names()} == {
+    registered = {entry.name: entry.options for registry in (plugins.rules, plugins.hooks) for entry in registry}
+    assert {name: ", ".join(f"`{option}`" for option in options) for name, options in registered.items()} == {
         name: options.strip() for name, options in rows.items()
     }

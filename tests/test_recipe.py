@@ -124,7 +124,25 @@ def test_data_lie_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):
             "data: {dataset: digits, batch_size: 5, validation: 9, download: 1}",
             "6: data.download: must be a valid boolean (got 1)",
         ),
-        ("data", "data: {dataset: digits, batch_size: 5, validation: 9, augment: []}", "6: data.augment: unknown key (got [])"),
+        (
+            "data",
+            "data: {dataset: digits, batch_size: 5, validation: 9, augmnt: []}",
+            "6: data.augmnt: unknown key (got []) - did you",
+        ),
+        *(
+            ("data", f"data: {{dataset: digits, batch_size: 5, validation: 9, augment: {augment}}}", f"6: data.augment{expected}")
+            for augment, expected in (
+                ("flip", ": must be a valid list (got 'flip')"),
+                ("[flip]", ".0: must be a mapping of keys to values (got 'flip')"),
+                ("[{}]", ".0: must be one augmentation with its options, such as {crop: {size: 24}} (got {})"),
+                ("[{flip: {}, crop: {size: 3}}]", ".0: must be one augmentation with its options"),
+                ("[{flip: }]", ".0.flip: must be a mapping of keys to values"),
+                ("[{flip: {}}, {corp: {}}]", ".1.corp: no augmentation is named 'corp' - did you mean 'crop'?"),
+                ("[{crop: {sice: 3}}]", ".0.crop.sice: augmentation 'crop' has no such option (got 3) - did you mean 'size'?"),
+                ("[{crop: {size: 2.5}}]", ".0.crop.size: must be a valid integer (got 2.5)"),
+                ("[{crop: {}}]", ".0.crop: a crop needs size, padding or both"),
+            )
+        ),
         (
             "optim",
             "optim: {name: adma, lr: 0.1}",
@@ -199,6 +217,31 @@ def test_a_pattern_that_can_never_match_is_refused():
     assert problem == "5: feedback.1.match: feedback.0 has this pattern already, and the first match wins (got '*')"
     (empty,) = problems(source(GOOD[: GOOD.index("feedback")] + "feedback: []\n" + GOOD[GOOD.index("data:") :]))
     assert empty.startswith("3: feedback: List")
+
+
+def test_hooks_and_their_options_are_checked():
+    def hooks(*entries: str) -> Source:
+        return source(optim="optim: {name: adam, lr: 1e-3}\nhooks:\n" + "\n".join(f"  - {{{entry}}}" for entry in entries))
+
+    read = load(
+        hooks("name: freeze_signs, after: 0.1", "name: alignment, match: [dense, 'conv*']", "name: dale, match: null")
+    ).hooks
+    assert [(h.name, h.match, h.options) for h in read] == [
+        ("freeze_signs", None, {"after": 0.1}),
+        ("alignment", ["dense", "conv*"], {}),
+        ("dale", None, {}),
+    ]
+    assert load(source()).hooks == []
+    wrong = ("name: freeze_sign", "name: alignment, stength: 2", "name: alignment, strength: much")
+    found = problems(hooks(*wrong, "name: freeze_signs, after: 1.5", "after: 3", "name: manhattan, match: 4"))
+    assert sorted(found) == sorted([
+        "9: hooks.0.name: no hook is named 'freeze_sign' - did you mean 'freeze_signs'?; `fahooks ls hooks` lists all",
+        "10: hooks.1.stength: hook 'alignment' has no such option (got 2) - did you mean 'strength'?",
+        "11: hooks.2.strength: must be a valid number (got 'much')",
+        "12: hooks.3: after must be a number of steps (0, 1, 2 ...) or a fraction of training between 0 and 1, got 1.5",
+        "13: hooks.4.name: is missing",
+        "14: hooks.5.match: must be a valid string or a valid list (got 4)",
+    ])  # fmt: skip
 
 
 def test_all_problems_come_at_once():
@@ -362,28 +405,11 @@ def test_a_file_that_is_not_text_is_one_line(tmp_path: Path):
         find(str(tmp_path / "r.yaml"))
 
 
-@pytest.mark.parametrize("name", recipe.shipped_names())
-def test_every_shipped_recipe_is_right_and_bears_its_own_name(name: str):
-    assert load(name).name == name
-
-
-def test_the_mnist_recipes_are_those_of_the_paper():
-    """Section 7.1, Supplementary Table 2, and the MNIST column of Table 1."""
-    rows = {"mnist/bp": ("BP", 0.8, "bp"), "mnist/fa": ("FA", 1.1, "fa")}
-    rows |= {"mnist/fa-usf-init": ("FA-uSF Init.", 0.7, "usf_init"), "mnist/fa-usf-sn": ("FA-uSF SN", 0.7, "usf_sn")}
-    for name, (row, error, rule) in rows.items():
-        read = load(name)
-        assert read.paper == recipe.Paper(table=1, row=row, column="mnist", error=error)
-        assert [(f.match, f.rule) for f in read.feedback] == [("*", rule)]
-        assert (read.model.name, read.data.dataset, read.data.batch_size) == ("paper/mnist", "mnist", 50)
-        assert read.optim == recipe.Adam(name="adam", lr=1e-4, weight_decay=1e-3)
-        assert read.schedule == recipe.Step(name="step", every=20, gamma=0.1)
-        assert read.train.epochs == 25
-
-
 def test_recipes_describe_themselves():
     rows = {row.name: row for row in recipe.list_recipes()}
     assert list(rows) == sorted(rows)
     assert not any(name.startswith("_") for name in rows)
     assert rows["mnist/fa"].paper == "Table 1, FA: 1.1 %"
+    assert rows["cifar10-2/dfa"].paper == "Table 1, DFA: not in the paper"
+    assert rows["quickstart"].paper == ""
     assert all(row.summary for row in rows.values())

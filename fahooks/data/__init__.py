@@ -1,8 +1,10 @@
-"""Images and the loaders that feed them. Importing this module registers the built-in datasets and loaders."""
+"""Images and the loaders that feed them. Importing this module registers the built-in datasets, augmentations and loaders."""
 
+from fahooks.data.augmentation import Augment as Augment
 from fahooks.data.datasets import Dataset as Dataset
 from fahooks.data.datasets import Images as Images
 from fahooks.data.datasets import load as load
+from fahooks.data.image_folder import read_folder as read_folder
 from fahooks.data.memory import MemoryLoader as MemoryLoader
 from fahooks.data.order import Batch as Batch
 from fahooks.data.order import epoch_order as epoch_order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -106,12 +107,33 @@ def digits(*, root: Path, download: bool) -> Dataset:
     return Dataset("digits", everything[order[:1437]], everything[order[1437:]], classes=10)
 
 
+@datasets.register("cifar10", summary="60,000 photographs of 10 classes, 32x32", paper="Krizhevsky 2009")
+def cifar10(*, root: Path, download: bool) -> Dataset:
+    """CIFAR-10 through torchvision: 50,000 to train, 10,000 to test, read from ROOT/cifar-10-batches-py.
+
+    Arguments:
+        root: the folder of all datasets.
+        download: fetch the files where they are missing.
+
+    Raises:
+        InputError: the files are neither there nor to be had.
+    """
+    from torchvision.datasets import CIFAR10
+
+    folder = root / CIFAR10.base_folder
+    files = [file for file, _ in (*CIFAR10.train_list, *CIFAR10.test_list)] + [CIFAR10.meta["filename"]]
+    packed = f"or {CIFAR10.filename} into {root} with data.download=true"
+    parts = _from_torchvision("cifar10", CIFAR10, root, folder, files, packed, download)
+    train, test = (Images(torch.from_numpy(part.data).movedim(3, 1).contiguous(), torch.tensor(part.targets)) for part in parts)
+    return Dataset("cifar10", train, test, classes=10)
+
+
 @datasets.register("mnist", summary="70,000 handwritten digits, 28x28", paper="LeCun, Bottou, Bengio, Haffner 1998")
 def mnist(*, root: Path, download: bool) -> Dataset:
     """MNIST through torchvision: 60,000 to train, 10,000 to test, read from ROOT/MNIST/raw."""
     from torchvision.datasets import MNIST
 
-    return _from_torchvision("mnist", MNIST, root, download)
+    return _like_mnist("mnist", MNIST, root, download)
 
 
 @datasets.register("fashion_mnist", summary="70,000 articles of clothing, 28x28", paper="Xiao, Rasul, Vollgraf 2017")
@@ -119,29 +141,34 @@ def fashion_mnist(*, root: Path, download: bool) -> Dataset:
     """Fashion-MNIST through torchvision: 60,000 to train, 10,000 to test, read from ROOT/FashionMNIST/raw."""
     from torchvision.datasets import FashionMNIST
 
-    return _from_torchvision("fashion_mnist", FashionMNIST, root, download)
+    return _like_mnist("fashion_mnist", FashionMNIST, root, download)
 
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-def _from_torchvision(name: str, source: type[MNIST], root: Path, download: bool) -> Dataset:
-    raw = root / source.__name__ / "raw"
-    found = all((raw / file).is_file() for file in FILES)
-    places = f"put {FILES[0]}, {', '.join(FILES[1:])} into {raw}"
-    if not found and not download:
-        raise InputError(
-            f"{name} is not at {raw / FILES[0]}: {places}, set data.root, or allow the download with data.download=true"
-        )
-    try:
-        parts = [source(str(root), train=train, download=not found) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        problem = "can not be read" if found else f"is not at {raw / FILES[0]} and could not be downloaded"
-        raise InputError(
-            f"{name} {problem} ({reason}): {places} (unpacked, or as .gz with data.download=true), or set data.root"
-        ) from error
-    except (ValueError, AssertionError, TypeError) as error:
-        raise InputError(f"{name} in {raw} can not be read, a file there is damaged: replace it ({places})") from error
+def _like_mnist(name: str, source: type[MNIST], root: Path, download: bool) -> Dataset:
+    packed = "unpacked, or as .gz with data.download=true"
+    parts = _from_torchvision(name, source, root, root / source.__name__ / "raw", FILES, packed, download)
     train, test = (Images(part.data.unsqueeze(1), part.targets.long()) for part in parts)
     return Dataset(name, train, test, classes=10)
+
+
+def _from_torchvision(
+    name: str, source: Callable[..., Any], root: Path, folder: Path, files: Sequence[str], packed: str, download: bool
+) -> list[Any]:
+    """The training and the test set of a class of torchvision, whose `files` belong into `folder`; `packed` is another way."""
+    found = all((folder / file).is_file() for file in files)
+    places = f"put {', '.join(files)} into {folder}"
+    if not found and not download:
+        raise InputError(
+            f"{name} is not at {folder / files[0]}: {places}, set data.root, or allow the download with data.download=true"
+        )
+    try:
+        return [source(str(root), train=train, download=not found) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        problem = "can not be read" if found else f"is not at {folder / files[0]} and could not be downloaded"
+        raise InputError(f"{name} {problem} ({reason}): {places} ({packed}), or set data.root") from error
+    except (ValueError, AssertionError, TypeError) as error:
+        raise InputError(f"{name} in {folder} can not be read, a file there is damaged: replace it ({places})") from error

@@ -1,12 +1,13 @@
-"""The `memory` loader: all images as uint8 on the training device, normalised there."""
+"""The `memory` loader: all images as uint8 on the training device, augmented and normalised there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from fahooks.data.augmentation import Augment
 from fahooks.data.datasets import Images
 from fahooks.data.order import Batch, epoch_order
 from fahooks.plugins import loaders
@@ -22,6 +23,7 @@ class MemoryLoader:
         mean: what to subtract from each channel, float32 [C], in units of 0 to 255.
         std: what to divide each channel by, float32 [C]; zero counts as one.
         seed: with the epoch it fixes the order.
+        augment: what is done to the images; nothing by default.
         device: where the batches are.
         channels_last: give images in that memory format.
     """
@@ -36,6 +38,7 @@ class MemoryLoader:
         seed: int = 0,
         device: torch.device | str = "cpu",
         channels_last: bool = False,
+        augment: Augment | None = None,
     ) -> None:
         self.pixels = images.pixels.to(device)
         self.labels = images.labels.to(device)
@@ -43,6 +46,7 @@ class MemoryLoader:
         self.mean = mean.to(device).view(-1, 1, 1)
         self.std = torch.where(std > 0, std, 1.0).to(device).view(-1, 1, 1)
         self.seed = seed
+        self.augment = augment or Augment()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     @property
@@ -55,15 +59,15 @@ class MemoryLoader:
         return -(-self.images // self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Every image once, in an order that is a pure function of (seed, epoch)."""
-        return self._batches(epoch_order(self.images, self.seed, epoch))
+        """Every image once, augmented for training, in an order that is a pure function of (seed, epoch)."""
+        return self._batches(epoch_order(self.images, self.seed, epoch), lambda pixels, at: self.augment.train(pixels, epoch, at))
 
     def in_order(self) -> Iterator[Batch]:
-        """Every image once, as they lie."""
-        return self._batches(torch.arange(self.images))
+        """Every image once, as they lie, and as they are evaluated: nothing is random."""
+        return self._batches(torch.arange(self.images), lambda pixels, _: self.augment.evaluate(pixels))
 
-    def _batches(self, order: Tensor) -> Iterator[Batch]:
+    def _batches(self, order: Tensor, changed: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Batch]:
         for index in order.split(self.batch_size):
             here = index.to(self.pixels.device)
-            images = (self.pixels[here].float() - self.mean) / self.std
+            images = (changed(self.pixels[here], here).float() - self.mean) / self.std
             yield Batch(images.contiguous(memory_format=self.memory_format), self.labels[here], index)

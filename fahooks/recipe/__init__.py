@@ -3,6 +3,7 @@
 Whatever is wrong is reported together, each as `file:line: dotted.key: what is wrong (got ...) - did you mean ...?`.
 """
 
+from fahooks.recipe.checking import left_out as left_out
 from fahooks.recipe.checking import with_defaults as with_defaults
 from fahooks.recipe.loading import RecipeError as RecipeError
 from fahooks.recipe.loading import Shipped as Shipped

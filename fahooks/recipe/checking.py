@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -87,6 +87,9 @@ def _fields(tree: Tree, schema: type[BaseModel], section: Key, at: Key) -> list[
 def check_names(tree: Tree) -> None:
     """Check registered names and the options beside them."""
     _check(tree, ("data", "dataset"), plugins.datasets)
+    steps = tree.get(("data", "augment"))
+    for index, step in enumerate(steps if isinstance(steps, list) else []):
+        _check_augmentation(tree, ("data", "augment", index), step)
     if tree.get(("data", "loader")) != "auto":
         _check(tree, ("data", "loader"), plugins.loaders)
     name = tree.get(("model", "name"))
@@ -97,27 +100,47 @@ def check_names(tree: Tree) -> None:
     feedback = tree.get(("feedback",))
     for index, entry in enumerate(feedback if isinstance(feedback, list) else []):
         _check_feedback(tree, ("feedback", index), entry)
+    hooks = tree.get(("hooks",))
+    for index, entry in enumerate(hooks if isinstance(hooks, list) else []):
+        _check_hook(tree, ("hooks", index), entry)
 
 
 def with_defaults(section: SomeSection, entry: plugins.Entry | None, fitting: Mapping[str, Any] | None = None) -> SomeSection:
     """`section` with the options that it leaves out written out.
-
-    A default that YAML can not say stays out. So do all where one is not what its own annotation allows: a recipe with it could
-    not be read back.
 
     Arguments:
         section: what to complete.
         entry: what it names; None where that is not registered.
         fitting: options that go before the defaults of `entry`.
     """
+    return section.model_copy(update=left_out(section.options, entry, fitting, own=type(section).model_fields))
+
+
+def left_out(
+    options: Mapping[str, Any],
+    entry: plugins.Entry | None,
+    fitting: Mapping[str, Any] | None = None,
+    own: Container[str] = (),
+) -> dict[str, Any]:
+    """The options of `entry` that `options` leaves out, with their defaults.
+
+    A default that YAML can not say stays out. So do all where one is not what its own annotation allows: a recipe with it could
+    not be read back.
+
+    Arguments:
+        options: what is given.
+        entry: what they are options of; None where that is not registered.
+        fitting: options that go before the defaults of `entry`.
+        own: names that are no options.
+    """
     defaults = {**(entry.options if entry else {}), **(fitting or {})}
-    left = {k: v for k, v in defaults.items() if k not in section.options and k not in type(section).model_fields and _plain(v)}
+    left = {k: v for k, v in defaults.items() if k not in options and k not in own and _plain(v)}
     try:
         if entry:
-            _options_schema(entry).model_validate({**section.options, **left})
+            _options_schema(entry).model_validate({**options, **left})
     except ValidationError:
-        return section
-    return section.model_copy(update=left)
+        return {}
+    return left
 
 
 def _plain(value: Any) -> bool:
@@ -137,10 +160,25 @@ def _check_feedback(tree: Tree, key: Key, entry: Any) -> None:
             tree.problem((*key, "match"), problem)
 
 
+def _check_augmentation(tree: Tree, key: Key, step: Any) -> None:
+    for name, options in step.items() if isinstance(step, dict) else ():
+        entry = _look_up(tree, (*key, name), name, plugins.augmentations)
+        if entry is not None and isinstance(options, dict) and _check_options(tree, (*key, name), entry, own=set()):
+            _try(tree, (*key, name), lambda entry=entry, options=options: entry.build(**options))
+
+
+def _check_hook(tree: Tree, key: Key, entry: Any) -> None:
+    hook = _check(tree, (*key, "name"), plugins.hooks)
+    if hook is not None and _check_options(tree, key, hook, own={"name", "match"}):
+        _try(tree, key, lambda: hook.build(**{k: v for k, v in entry.items() if k != "name" and (k, v) != ("match", None)}))
+
+
 def _check(tree: Tree, key: Key, registry: plugins.Registry) -> plugins.Entry | None:
     name = tree.get(key)
-    if not isinstance(name, str):
-        return None
+    return _look_up(tree, key, name, registry) if isinstance(name, str) else None
+
+
+def _look_up(tree: Tree, key: Key, name: str, registry: plugins.Registry) -> plugins.Entry | None:
     found: list[plugins.Entry] = []
     _try(tree, key, lambda: found.append(registry.get(name)))
     return found[0] if found else None

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from fahooks.plugins import InputError
 from fahooks.recipe.checking import add_schema_problems, check_names
 from fahooks.recipe.reading import Source, add_file, add_override, all_names, find_beside
-from fahooks.recipe.schema import Recipe
+from fahooks.recipe.schema import Paper, Recipe
 from fahooks.recipe.tree import Tree
 
 
@@ -83,5 +83,9 @@ def shipped_names() -> list[str]:
 
 def _describe(name: str) -> Shipped:
     recipe = load(name)
-    paper = f"Table {recipe.paper.table}, {recipe.paper.row}: {recipe.paper.error} %" if recipe.paper else ""
-    return Shipped(name, recipe.summary, paper)
+    return Shipped(name, recipe.summary, _cell(recipe.paper) if recipe.paper else "")
+
+
+def _cell(paper: Paper) -> str:
+    error = "not in the paper" if paper.error is None else f"{paper.error} %"
+    return f"Table {paper.table}, {paper.row}: {error}"

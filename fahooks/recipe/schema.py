@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from fahooks.data.datasets import default_root
@@ -52,6 +52,19 @@ class Feedback(OpenSection):
     rule: str
 
 
+class Hook(OpenSection):
+    """What acts on gradients or weights at every step of the optimizer, on which layers, with the hook's options."""
+
+    name: str
+    match: str | list[str] | None = None
+
+
+def _one_step(step: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    if len(step) != 1:
+        raise PydanticCustomError("one_step", "must be one augmentation with its options, such as {crop: {size: 24}}")
+    return step
+
+
 class Data(Section):
     """What to train on.
 
@@ -63,6 +76,7 @@ class Data(Section):
         batch_size: images a step.
         validation: how many training images choose the best epoch: a number, or a fraction.
         limit: use at most this many training images, validation included.
+        augment: registered augmentations with their options, one a mapping, for training images; {crop: {size: 24}} for one.
     """
 
     dataset: str
@@ -72,6 +86,7 @@ class Data(Section):
     batch_size: Count
     validation: Count | Fraction
     limit: Count | None = None
+    augment: list[Annotated[dict[str, dict[str, Any]], AfterValidator(_one_step)]] = []
 
 
 class Adam(Section):
@@ -156,12 +171,12 @@ class Probes(Section):
 
 
 class Paper(Section):
-    """The published number that the recipe reproduces: test error in percent."""
+    """The cell of the paper that the recipe reproduces, with its test error in percent; None where the paper left it blank."""
 
     table: int
     row: str
     column: str
-    error: NonNegative
+    error: NonNegative | None
 
 
 class Recipe(Section):
@@ -172,6 +187,7 @@ class Recipe(Section):
     paper: Paper | None = None
     model: Model
     feedback: Annotated[list[Feedback], Field(min_length=1)]
+    hooks: list[Hook] = []
     data: Data
     optim: Annotated[Adam | AdamW | SGD, Field(discriminator="name")]
     schedule: Annotated[Constant | Step | Cosine, Field(discriminator="name")] = Constant()

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from fahooks.hooks import Attachment
 from fahooks.plugins import InputError
 from fahooks.surgery import feedback_layers
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass
@@ -38,7 +39,14 @@ class Progress:
 
 
 def save(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, progress: Progress, *, best: Path
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    hooks: Attachment | None,
+    progress: Progress,
+    *,
+    best: Path,
 ) -> None:
     """Write a checkpoint atomically, random number generators and the weights in the file `best` included."""
     state = {
@@ -46,6 +54,7 @@ def save(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
+        "hooks": hooks.state_dict() if hooks else None,
         "progress": vars(progress),
         "best": load_file(best),
         "rng": torch.get_rng_state(),
@@ -59,7 +68,9 @@ def save(
     os.replace(partial, path)
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, *, best: Path) -> Progress:
+def restore(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, hooks: Attachment | None, *, best: Path
+) -> Progress:
     """Read a checkpoint back into the objects of a run, random number generators included, and the file `best`.
 
     Raises:
@@ -74,6 +85,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sche
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
+    if hooks is not None:
+        hooks.load_state_dict(state["hooks"] or {"steps": 0, "hooks": []})
     torch.set_rng_state(state["rng"])
     if state["rng_cuda"] and len(state["rng_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["rng_cuda"])

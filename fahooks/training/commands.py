@@ -34,7 +34,7 @@ def start(name: str, overrides: Sequence[str] = (), out: Path | None = None) -> 
     source = find(name)
     setup = prepare(load(source, overrides))
     run = RunDirectory.create(setup.recipe, source, out=out, overrides=overrides, choices=setup.choices)
-    return final_line(setup.recipe, _run(setup, run, resumed=False), run)
+    return final_line(setup.recipe, carry_out(setup, run, resumed=False), run)
 
 
 def resume(path: Path) -> str:
@@ -45,7 +45,7 @@ def resume(path: Path) -> str:
         KeyboardInterrupt: the user stopped it; the message says how to go on.
     """
     run, recipe = RunDirectory.reopen(path)
-    return final_line(recipe, _run(prepare(recipe), run, resumed=True), run)
+    return final_line(recipe, carry_out(prepare(recipe), run, resumed=True), run)
 
 
 def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
@@ -76,25 +76,22 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
         setup = prepare(recipe)
         changed = (*overrides, *_quickstart_overrides(rule))
         run = RunDirectory.create(setup.recipe, source, out=folder / rule, overrides=changed, choices=setup.choices)
-        _run(setup, run, resumed=False)
+        carry_out(setup, run, resumed=False)
     return folder
 
 
-def final_line(recipe: Recipe, result: Result, run: RunDirectory) -> str:
-    """What a run ends with: test error, best epoch, wall time, run directory."""
-    minutes, seconds = divmod(round(result.seconds), 60)
-    paper = f" (paper: {recipe.paper.error:g} %)" if recipe.paper else ""
-    return (
-        f"{recipe.name}: test error {result.test_error:.2f} %{paper}, best epoch {result.best_epoch} "
-        f"(validation error {result.validation_error:.2f} %), {minutes} min {seconds} s, in {run.path}"
-    )
+def carry_out(setup: Setup, run: RunDirectory, *, resumed: bool) -> Result:
+    """Train what `prepare` made and leave a plot of it beside its files.
 
+    Arguments:
+        setup: what `prepare` made.
+        run: where files go.
+        resumed: go on after the last finished epoch of `run`.
 
-def _quickstart_overrides(rule: str) -> tuple[str, ...]:
-    return (f"name=quickstart/{rule}", f"feedback=[{{match: '*', rule: {rule}}}]")
-
-
-def _run(setup: Setup, run: RunDirectory, *, resumed: bool) -> Result:
+    Raises:
+        Diverged: the loss became infinite or not a number.
+        KeyboardInterrupt: the user stopped it; the message says how to go on.
+    """
     from fahooks.report import figures  # matplotlib is slow to import
 
     try:
@@ -103,3 +100,18 @@ def _run(setup: Setup, run: RunDirectory, *, resumed: bool) -> Result:
         raise KeyboardInterrupt(f"stopped; go on with `fahooks train --resume {run.path}`") from stop
     figures.comparison([read_run(run.path)], run.plots)
     return result
+
+
+def final_line(recipe: Recipe, result: Result, run: RunDirectory) -> str:
+    """What a run ends with: test error, best epoch, wall time, run directory."""
+    minutes, seconds = divmod(round(result.seconds), 60)
+    published = recipe.paper.error if recipe.paper else None
+    paper = "" if published is None else f" (paper: {published:g} %)"
+    return (
+        f"{recipe.name}: test error {result.test_error:.2f} %{paper}, best epoch {result.best_epoch} "
+        f"(validation error {result.validation_error:.2f} %), {minutes} min {seconds} s, in {run.path}"
+    )
+
+
+def _quickstart_overrides(rule: str) -> tuple[str, ...]:
+    return (f"name=quickstart/{rule}", f"feedback=[{{match: '*', rule: {rule}}}]")

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fahooks.data import MemoryLoader
 from fahooks.plugins import InputError
 from fahooks.probes import Probe
+from fahooks.rules import targets
 from fahooks.training import checkpoint
 from fahooks.training.checkpoint import Progress
 from fahooks.training.progress import Display
@@ -82,7 +83,7 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console) -> R
     p = Probe(setup.model)  # before the checkpoint: sign flips count from the first weights, also in a resumed run
     progress = Progress()
     if resume and run.checkpoint.is_file():
-        progress = checkpoint.restore(run.checkpoint, setup.model, setup.optimizer, setup.schedule, best=run.best)
+        progress = checkpoint.restore(run.checkpoint, setup.model, setup.optimizer, setup.schedule, setup.hooks, best=run.best)
     run.trim(progress.epoch)
     run.layers(setup.report.as_dict())
     epochs = setup.recipe.train.epochs
@@ -103,7 +104,7 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console) -> R
             run.log("epoch", **row)
             run.summarise()
             _to_board(board, {name: value for name, value in row.items() if name != "epoch"}, epoch)
-            checkpoint.save(run.checkpoint, setup.model, setup.optimizer, setup.schedule, progress, best=run.best)
+            checkpoint.save(run.checkpoint, setup.model, setup.optimizer, setup.schedule, setup.hooks, progress, best=run.best)
             display.line(
                 f"epoch {epoch}/{epochs}  loss {row['train_loss']:.4f}  error {row['train_error']:.2f} %  "
                 f"validation error {row['validation_error']:.2f} %  {row['images_per_second']:,.0f} images/s"
@@ -142,7 +143,7 @@ def train_epoch(
             _measure(setup, p, batch.images, batch.labels)
             _log_probe(run, board, p, epoch, progress.step)
 
-        with setup.autocast:
+        with setup.autocast, targets(setup.model, batch.labels):
             logits = setup.forward(batch.images)
             loss = F.cross_entropy(logits, batch.labels)
         setup.optimizer.zero_grad()
@@ -186,7 +187,7 @@ def evaluate(setup: Setup, loader: MemoryLoader, name: str) -> dict[str, Any]:
 
 def _measure(setup: Setup, p: Probe, images: Tensor, labels: Tensor) -> None:
     def loss() -> Tensor:
-        with setup.autocast:
+        with setup.autocast, targets(setup.model, labels):
             return F.cross_entropy(setup.model(images), labels)
 
     p.measure(loss)

@@ -14,15 +14,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fahooks import models
-from fahooks.data import Batch, Dataset, MemoryLoader, Split, load, split
+from fahooks.data import Augment, Batch, Dataset, MemoryLoader, Split, load, split
+from fahooks.hooks import Attachment, attach
 from fahooks.observation import as_found
-from fahooks.plugins import InputError, loaders, rules
+from fahooks.plugins import InputError, augmentations, hooks, loaders, rules
 from fahooks.plugins import models as registered
-from fahooks.recipe import Recipe, with_defaults
-from fahooks.surgery import Report, convert
+from fahooks.recipe import Recipe, left_out, with_defaults
+from fahooks.surgery import Report, convert, feedback_rules
 from fahooks.training.optimizers import make_optimizer, make_schedule
 
 EVALUATION_BATCH = 500
+SMALL_IMAGE = 3 * 64 * 64
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Setup:
         report: what the conversion did.
         optimizer: for every parameter of the model that requires a gradient.
         schedule: moved on once an epoch.
+        hooks: what acts at every step of the optimizer; None where nothing does.
         autocast: the context that every forward pass runs in.
     """
 
@@ -55,6 +58,7 @@ class Setup:
     report: Report
     optimizer: Optimizer
     schedule: LRScheduler
+    hooks: Attachment | None
     autocast: torch.autocast
 
 
@@ -62,7 +66,7 @@ def prepare(recipe: Recipe) -> Setup:
     """Load the data and build the model of `recipe`. Seeds torch's global generator, from which weights and dropout are drawn.
 
     Raises:
-        InputError: the data is not to be had, or model, rules, data and device do not fit together.
+        InputError: the data is not to be had, or model, rules, hooks, data and device do not fit together.
     """
     choices = {"data.loader": "memory: auto always takes it, as every dataset is held in memory"}
     choices = choices if recipe.data.loader == "auto" else {}
@@ -75,13 +79,14 @@ def prepare(recipe: Recipe) -> Setup:
     train, validation, test = _loaders(recipe, parts, device)
 
     torch.manual_seed(recipe.seed)
-    model = models.build_for_images(recipe.model.name, dataset.shape, dataset.classes, **recipe.model.options)
+    shape = seen_shape(recipe, dataset)
+    model = models.build_for_images(recipe.model.name, shape, dataset.classes, **recipe.model.options)
     report = convert(model, {f.match: {"rule": f.rule, **f.options} for f in recipe.feedback}, seed=recipe.seed)
     model = model.to(device)
     if recipe.train.channels_last:
         model = cast(Any, model).to(memory_format=torch.channels_last)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
-    _try(model, recipe.model.name, next(train.in_order()), dataset, autocast)
+    _try(model, recipe.model.name, next(train.in_order()), dataset.classes, autocast)
     optimizer = make_optimizer(model, recipe.optim)
     return Setup(
         recipe=recipe,
@@ -95,6 +100,7 @@ def prepare(recipe: Recipe) -> Setup:
         report=report,
         optimizer=optimizer,
         schedule=make_schedule(optimizer, recipe.schedule, recipe.train.epochs),
+        hooks=_attach(recipe, model, optimizer, total_steps=recipe.train.epochs * len(train)),
         autocast=autocast,
     )
 
@@ -102,24 +108,49 @@ def prepare(recipe: Recipe) -> Setup:
 def resolve(recipe: Recipe, dataset: Dataset) -> Recipe:
     """The recipe with nothing left to choose, so that it is the same run anywhere.
 
-    `loader: auto` is the memory loader, data.root is absolute, and the options of rules and model are written out with their
-    defaults, those of the model as they fit the images of `dataset`.
+    `loader: auto` is the memory loader, data.root is absolute, and the options of augmentations, rules, hooks and model are
+    written out with their defaults, those of the model as they fit the images of `dataset`.
+
+    Raises:
+        InputError: the images of `dataset` do not go through the augmentations.
     """
     loader = "memory" if recipe.data.loader == "auto" else recipe.data.loader
-    data = recipe.data.model_copy(update={"loader": loader, "root": os.path.abspath(Path(recipe.data.root).expanduser())})
-    fitting = models.options_for_images(recipe.model.name, dataset.shape, dataset.classes)
+    root = os.path.abspath(Path(recipe.data.root).expanduser())
+    augment = [
+        {name: {**options, **left_out(options, augmentations.get(name))} for name, options in step.items()}
+        for step in recipe.data.augment
+    ]
+    data = recipe.data.model_copy(update={"loader": loader, "root": root, "augment": augment})
+    fitting = models.options_for_images(recipe.model.name, seen_shape(recipe, dataset), dataset.classes)
     model = with_defaults(recipe.model, registered.get(recipe.model.name) if recipe.model.name in registered else None, fitting)
     feedback = [with_defaults(entry, rules.get(entry.rule)) for entry in recipe.feedback]
-    return recipe.model_copy(update={"data": data, "model": model, "feedback": feedback})
+    attached = [with_defaults(entry, hooks.get(entry.name)) for entry in recipe.hooks]
+    return recipe.model_copy(update={"data": data, "model": model, "feedback": feedback, "hooks": attached})
 
 
-def _try(model: nn.Module, name: str, batch: Batch, dataset: Dataset, autocast: torch.autocast) -> None:
+def _attach(recipe: Recipe, model: nn.Module, optimizer: Optimizer, total_steps: int) -> Attachment | None:
+    if not recipe.hooks and not any(rule.learns for rule in feedback_rules(model).values()):
+        return None
+    given = [{"name": hook.name, **({"match": hook.match} if hook.match else {}), **hook.options} for hook in recipe.hooks]
+    return attach(model, optimizer, *given, total_steps=total_steps, seed=recipe.seed)
+
+
+def seen_shape(recipe: Recipe, dataset: Dataset) -> tuple[int, int, int]:
+    """The shape (C, H, W) of the images of `dataset` as the model sees them.
+
+    Raises:
+        InputError: they do not go through the augmentations.
+    """
+    return Augment(recipe.data.augment).shape(dataset.shape)
+
+
+def _try(model: nn.Module, name: str, batch: Batch, classes: int, autocast: torch.autocast) -> None:
     """Run one batch through the model, which stays as it was.
 
     Raises:
         InputError: the model does not run on these images, or does not give logits [N, classes].
     """
-    shape = "x".join(map(str, dataset.shape))
+    shape = "x".join(map(str, batch.images.shape[1:]))
     modes = [(module, module.training) for module in model.modules()]
     try:
         with as_found(model), torch.no_grad(), autocast:
@@ -132,7 +163,7 @@ def _try(model: nn.Module, name: str, batch: Batch, dataset: Dataset, autocast: 
     finally:
         for module, mode in modes:
             module.training = mode
-    images, classes = len(batch.labels), dataset.classes
+    images = len(batch.labels)
     given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(given, tuple) or len(given) != 2 or given[0] != images or given[1] < classes:
         raise InputError(
@@ -151,9 +182,19 @@ def _loaders(recipe: Recipe, parts: Split, device: torch.device) -> tuple[Memory
     """Loaders of the three sets; all are normalised by the statistics of the images that are trained on."""
     make = loaders.get(recipe.data.loader).build
     mean, std = parts.train.statistics()
-    common = {"mean": mean, "std": std, "seed": recipe.seed, "device": device, "channels_last": recipe.train.channels_last}
+    common = {
+        "mean": mean,
+        "std": std,
+        "seed": recipe.seed,
+        "device": device,
+        "channels_last": recipe.train.channels_last,
+        "augment": Augment(recipe.data.augment, seed=recipe.seed),
+    }
+    # Large images do not fit into memory by the hundreds; a batch that can be trained on can be evaluated.
+    small = parts.train.pixels[0].numel() <= SMALL_IMAGE
+    evaluated = EVALUATION_BATCH if small else recipe.data.batch_size
     return (
         make(images=parts.train, batch_size=recipe.data.batch_size, **common),
-        make(images=parts.validation, batch_size=EVALUATION_BATCH, **common),
-        make(images=parts.test, batch_size=EVALUATION_BATCH, **common),
+        make(images=parts.validation, batch_size=evaluated, **common),
+        make(images=parts.test, batch_size=evaluated, **common),
     )

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import hashlib
+import pickle
 import struct
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -63,24 +67,93 @@ def test_mnist_on_disk_is_read_without_a_download(small_mnist: Path):
     assert mnist.train.pixels.flatten()[:300].tolist() == [i % 256 for i in range(300)]
 
 
-@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
-def test_missing_files_are_an_error_that_says_where_they_belong(name: str, folder: str, tmp_path: Path):
+class _Dtype:
+    """Pickles as numpy wrote the dtype of the original files: numpy.dtype("u1", 0, 1)."""
+
+    def __reduce__(self) -> Any:
+        return numpy.dtype, ("u1", 0, 1)
+
+
+class _Array:
+    """Pickles an array as the original files hold theirs."""
+
+    def __init__(self, array: torch.Tensor) -> None:
+        self.array = array
+
+    def __reduce__(self) -> Any:
+        state = (1, tuple(self.array.shape), _Dtype(), False, self.array.numpy().tobytes())
+        return numpy.zeros(0, "u1").__reduce__()[0], (numpy.ndarray, (0,), b"b"), state
+
+
+@pytest.fixture
+def small_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Five batches of two images to train on, and one of three to test on."""
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+
+    def sums(files: list[list[str]]) -> list[list[str]]:
+        return [[file, hashlib.md5((folder / file).read_bytes()).hexdigest()] for file, _ in files]
+
+    for number, (file, _) in enumerate([*CIFAR10.train_list, *CIFAR10.test_list]):
+        count = 3 if file == "test_batch" else 2
+        pixels = (torch.arange(count * 3072) % 251).byte().view(count, 3072)
+        (folder / file).write_bytes(pickle.dumps({"data": _Array(pixels), "labels": [number, *range(1, count)]}, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}, protocol=2))
+    # torchvision unpickles nothing but the files whose sums it knows.
+    monkeypatch.setattr(CIFAR10, "train_list", sums(CIFAR10.train_list))
+    monkeypatch.setattr(CIFAR10, "test_list", sums(CIFAR10.test_list))
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums([["batches.meta", ""]])[0][1]})
+    return tmp_path
+
+
+def test_cifar10_on_disk_is_read_without_a_download(small_cifar10: Path):
+    cifar10 = datasets.load("cifar10", root=small_cifar10, download=False)
+    assert (cifar10.shape, len(cifar10.train), len(cifar10.test), cifar10.classes) == ((3, 32, 32), 10, 3, 10)
+    assert cifar10.train.labels.tolist() == [0, 1, 1, 1, 2, 1, 3, 1, 4, 1]
+    assert cifar10.train.labels.dtype == torch.int64
+    # A row of the file is an image: 1,024 red values, then green, then blue, each row by row.
+    assert cifar10.train.pixels[0].flatten().tolist() == [i % 251 for i in range(3072)]
+    assert cifar10.train.pixels.is_contiguous() and cifar10.train.pixels.dtype == torch.uint8
+
+
+def test_damaged_cifar10_is_not_unpickled(small_cifar10: Path):
+    (small_cifar10 / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="cifar10 can not be read .*corrupted.*cifar-10-python.tar.gz into") as caught:
+        datasets.load("cifar10", root=small_cifar10, download=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("mnist", "MNIST/raw/train-images-idx3-ubyte"),
+        ("fashion_mnist", "FashionMNIST/raw/train-images-idx3-ubyte"),
+        ("cifar10", "cifar-10-batches-py/data_batch_1"),
+    ],
+)
+def test_missing_files_are_an_error_that_says_where_they_belong(name: str, file: str, tmp_path: Path):
     with pytest.raises(InputError) as caught:
         datasets.load(name, root=tmp_path, download=False)
     message = str(caught.value)
-    assert str(tmp_path / folder / "raw" / "train-images-idx3-ubyte") in message
+    assert str(tmp_path / file) in message
     assert "data.download=true" in message and "data.root" in message
     assert "\n" not in message
 
 
-def test_a_failed_download_is_an_error_that_says_where_the_files_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST/raw"), ("cifar10", "cifar-10-batches-py")])
+def test_a_failed_download_is_an_error_that_says_where_the_files_belong(
+    name: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     import torchvision.datasets
 
     # An address that nothing listens on, so that the real download fails at once, with or without a network.
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(InputError, match="could not be downloaded") as caught:
-        datasets.load("mnist", root=tmp_path, download=True)
-    assert str(tmp_path / "MNIST" / "raw") in str(caught.value)
+        datasets.load(name, root=tmp_path, download=True)
+    assert str(tmp_path / folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

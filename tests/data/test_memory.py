@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fahooks.data import Images, MemoryLoader, epoch_order
+from fahooks.data import Augment, Images, MemoryLoader, epoch_order
 from fahooks.data.order import Batch
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -52,6 +52,17 @@ def test_epochs_depend_on_seed_and_epoch_and_leave_the_global_generator_alone():
     assert torch.equal(joined(list(loader(seed=1).epoch(1))).images, first.images)
     assert not torch.equal(joined(list(loader(seed=1).epoch(2))).index, first.index)
     assert not torch.equal(joined(list(loader(seed=2).epoch(1))).index, first.index)
+
+
+def test_training_images_are_augmented_and_others_cropped_to_the_centre():
+    augment = Augment([{"crop": {"size": 3}}, {"flip": {}}], seed=5)
+    mean, std = IMAGES.statistics()
+    trained = joined(list(loader(seed=5, augment=augment).epoch(4)))
+    pixels = augment.train(IMAGES.pixels[trained.index], 4, trained.index)
+    torch.testing.assert_close(trained.images, (pixels.float() - mean.view(2, 1, 1)) / std.view(2, 1, 1))
+    assert torch.equal(trained.images, joined(list(loader(seed=5, augment=augment, batch_size=7).epoch(4))).images)
+    evaluated = joined(list(loader(augment=augment).in_order()))
+    assert torch.equal(evaluated.images, joined(list(loader().in_order())).images[:, :, :3, :3])
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

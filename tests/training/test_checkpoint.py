@@ -9,20 +9,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 import fahooks
+from fahooks.hooks import Attachment
 from fahooks.plugins import InputError
 from fahooks.training import checkpoint
 from fahooks.training.checkpoint import Progress
 
+Parts = tuple[nn.Module, Optimizer, torch.optim.lr_scheduler.StepLR, Attachment]
 
-def parts(seed: int = 0) -> tuple[nn.Module, Optimizer, torch.optim.lr_scheduler.StepLR]:
+
+def parts(seed: int = 0) -> Parts:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     fahooks.convert(model, "fa", seed=seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    hooks = fahooks.attach(model, optimizer, fahooks.FreezeSigns(after=1), seed=seed)
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), hooks
 
 
-def step(model: nn.Module, optimizer: Optimizer, schedule: torch.optim.lr_scheduler.StepLR) -> None:
+def step(model: nn.Module, optimizer: Optimizer, schedule: torch.optim.lr_scheduler.StepLR, hooks: Attachment) -> None:
     optimizer.zero_grad()
     model(torch.randn(5, 4)).square().sum().backward()
     optimizer.step()
@@ -50,6 +54,9 @@ def test_a_restored_run_goes_on_with_the_same_bits(tmp_path: Path):
     expected = run[0].state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in other[0].state_dict().items())
     assert other[1].param_groups[0]["lr"] == run[1].param_groups[0]["lr"] == 0.025
+    state = run[3].state_dict()
+    assert other[3].state_dict()["steps"] == state["steps"] == 2
+    assert all(torch.equal(side, state["hooks"][0][name]) for name, side in other[3].state_dict()["hooks"][0].items())
 
 
 def test_checkpoints_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -72,7 +79,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(tmp_path: Path):
     with pytest.raises(InputError, match="can not be read .*: start the run anew"):
         checkpoint.restore(tmp_path / "c.pt", *parts(), best=tmp_path / "best")
     torch.save({"version": 99}, tmp_path / "c.pt")
-    with pytest.raises(InputError, match="has version 99, this is for version 2"):
+    with pytest.raises(InputError, match="has version 99, this is for version 3"):
         checkpoint.restore(tmp_path / "c.pt", *parts(), best=tmp_path / "best")
 
 
@@ -93,20 +100,20 @@ class Evil:
 
 
 def test_a_checkpoint_can_not_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    torch.save({"version": 2, "model": Evil()}, tmp_path / "c.pt")
+    torch.save({"version": 3, "model": Evil()}, tmp_path / "c.pt")
     with pytest.raises(InputError, match="can not be read"):
         checkpoint.restore(tmp_path / "c.pt", *parts(), best=tmp_path / "best")
     assert capsys.readouterr().out == ""
 
 
 def test_best_weights_are_those_of_the_plain_model(tmp_path: Path):
-    model, _, _ = parts()
+    model, *_ = parts()
     checkpoint.save_weights(tmp_path / "best.safetensors", model)
     plain = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     saved = load_file(tmp_path / "best.safetensors")
     assert set(saved) == set(plain.state_dict())
     checkpoint.load_weights(tmp_path / "best.safetensors", plain)
-    other, _, _ = parts(seed=3)
+    other, *_ = parts(seed=3)
     matrix = other.state_dict()["0.feedback.matrix"].clone()
     checkpoint.load_weights(tmp_path / "best.safetensors", other)
     for loaded in (plain, other):

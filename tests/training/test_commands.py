@@ -98,3 +98,9 @@ def test_the_final_line_has_test_error_paper_epoch_time_and_place():
     result = Result(test_error=1.234, best_epoch=7, validation_error=1.5, final_test_error=2.0, seconds=125.4)
     line = commands.final_line(load("mnist/fa"), result, RunDirectory(Path("runs/x")))
     assert line == ("mnist/fa: test error 1.23 % (paper: 1.1 %), best epoch 7 (validation error 1.50 %), 2 min 5 s, in runs/x")
+
+
+def test_the_final_line_has_no_number_of_the_paper_where_it_left_the_cell_blank():
+    result = Result(test_error=1.234, best_epoch=7, validation_error=1.5, final_test_error=2.0, seconds=125.4)
+    line = commands.final_line(load("mnist/fa", ("paper.error=null",)), result, RunDirectory(Path("runs/x")))
+    assert line.startswith("mnist/fa: test error 1.23 %, best epoch 7 ")

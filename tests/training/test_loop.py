@@ -77,11 +77,26 @@ def test_probes_do_not_change_the_training(run: Run):
     assert plain.rows("probe") == []
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 2])
+# Of 15 steps, 5 an epoch: signs freeze in the second epoch.
+HOOKS = "hooks=[{name: freeze_signs, after: 0.5}, {name: alignment, match: dense}]"
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "overrides"),
+    [
+        (0, []),
+        (1, []),
+        (2, []),
+        (1, [HOOKS]),
+        (2, [HOOKS]),
+        (1, ["feedback=[{rule: kp}]"]),
+        (1, ["feedback=[{rule: wm}]"]),
+    ],
+)
 def test_an_interrupted_run_that_is_resumed_ends_with_the_same_bits(
-    stop_after: int, tiny: Tiny, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop_after: int, overrides: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    whole, whole_result = run("whole")
+    whole, whole_result = run("whole", *overrides)
     real_epoch = loop.train_epoch
 
     def stop(setup: Any, epoch: int, progress: Any, *rest: Any) -> dict[str, Any]:
@@ -92,7 +107,7 @@ def test_an_interrupted_run_that_is_resumed_ends_with_the_same_bits(
 
     monkeypatch.setattr(loop, "train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        run("cut")
+        run("cut", *overrides)
     monkeypatch.undo()
     path = tmp_path / "cut"
     status = json.loads((path / "status.json").read_text())
@@ -105,6 +120,14 @@ def test_an_interrupted_run_that_is_resumed_ends_with_the_same_bits(
     assert (result.test_error, result.best_epoch) == (whole_result.test_error, whole_result.best_epoch)
     for kind in ("epoch", "probe", "test"):
         assert without_times(whole.rows(kind)) == without_times(cut.rows(kind))
+
+
+def test_hooks_act_on_the_run(run: Run, tiny: Tiny):
+    held, _ = run("held", "hooks=[{name: constant_norm}]", "probes.every=null")
+    plain, _ = run("plain", "probes.every=null")
+    start = prepare(tiny()).model.get_parameter("dense.weight").double().norm().item()
+    assert weights(held)["dense.weight"].double().norm().item() == pytest.approx(start, rel=1e-6)
+    assert weights(plain)["dense.weight"].double().norm().item() != pytest.approx(start, rel=1e-4), "control"
 
 
 def test_the_best_epoch_is_the_one_with_the_lowest_validation_error(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

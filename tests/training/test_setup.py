@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fahooks.data import load as load_data
+from fahooks.hooks import Alignment, FreezeSigns
 from fahooks.plugins import InputError, rules
 from fahooks.recipe import Recipe, Source, load
 from fahooks.surgery import feedback_layers
@@ -55,6 +56,26 @@ def test_rules_go_where_their_patterns_say(tiny: Tiny):
     assert rules == {"conv1": "fa", "conv2": "fa", "dense": "usf_sn", "output": ""}
 
 
+def test_hooks_are_attached_for_the_whole_training(tiny: Tiny):
+    hooks = "hooks=[{name: freeze_signs, after: 0.5}, {name: alignment, match: [dense, output]}]"
+    attached = prepare(tiny(hooks)).hooks
+    assert attached is not None
+    (freeze, everywhere), (alignment, some) = attached.hooks
+    assert isinstance(freeze, FreezeSigns) and isinstance(alignment, Alignment)
+    assert freeze.start == round(0.5 * 3 * 5)
+    assert (list(everywhere), list(some)) == (["conv1", "conv2", "dense", "output"], ["dense", "output"])
+    again = prepare(tiny(hooks)).hooks
+    assert again is not None and torch.equal(again.hooks[1][0].recall("dense"), alignment.recall("dense"))
+    with pytest.raises(InputError, match="hook 'alignment': match: 'dens' matches none of the 4 layers"):
+        prepare(tiny("hooks=[{name: alignment, match: dens}]"))
+
+
+def test_rules_that_learn_are_attached_and_others_need_nothing(tiny: Tiny):
+    assert prepare(tiny()).hooks is None
+    attached = prepare(tiny("feedback=[{match: dense, rule: kp}, {rule: fa}]")).hooks
+    assert attached is not None and list(attached.rules) == ["dense"] and attached.hooks == []
+
+
 def test_a_pattern_that_matches_no_layer_is_an_error(tiny: Tiny):
     with pytest.raises(InputError, match="'cnov1' matches none of the 4 layers.*'conv1'"):
         prepare(tiny("feedback=[{match: cnov1, rule: fa}]"))
@@ -88,7 +109,12 @@ def test_options_that_do_not_fit_the_images_are_an_error(tiny: Tiny):
 
 
 def test_choices_and_defaults_are_written_into_the_recipe(tiny: Tiny, tmp_path: Path):
-    overrides = ("data.root=here", "model.classes=12", "feedback=[{match: output, rule: usf, scale: 0.5}, {rule: usf}]")
+    overrides = (
+        "data.root=here",
+        "model.classes=12",
+        "feedback=[{match: output, rule: usf, scale: 0.5}, {rule: usf}]",
+        "hooks=[{name: dale}]",
+    )
     recipe = tiny(*overrides)
     digits = load_data("digits", root=tmp_path, download=False)
     resolved = resolve(recipe, digits)
@@ -97,8 +123,48 @@ def test_choices_and_defaults_are_written_into_the_recipe(tiny: Tiny, tmp_path: 
     assert resolved.model.options == {"init": "fan_in", "in_channels": 1, "image_size": 8, "classes": 12}
     assert [f.options["scale"] for f in resolved.feedback] == [0.5, None]
     assert all(set(f.options) == set(rules.get("usf").options) for f in resolved.feedback)
+    assert [(h.name, h.match, h.options) for h in resolved.hooks] == [("dale", None, {"excitatory": None, "margin": 1e-8})]
     assert resolve(resolved, digits) == resolved == prepare(recipe).recipe
     assert load(Source("resolved.yaml", resolved.as_yaml())) == resolved
+
+
+def test_the_model_is_made_for_the_images_as_it_sees_them(tiny: Tiny):
+    setup = prepare(tiny("data.augment=[{crop: {size: 6}}, {flip: {}}]"))
+    assert setup.recipe.model.options["image_size"] == 6
+    for loader in (setup.train, setup.validation, setup.test):
+        assert next(loader.in_order()).images.shape[1:] == (1, 6, 6)
+    batch = next(setup.train.epoch(1))
+    assert batch.images.shape == (32, 1, 6, 6)
+    assert setup.model(batch.images).shape == (32, 10)
+    centre = setup.validation.pixels[:, :, 1:7, 1:7].float()
+    evaluated = torch.cat([batch.images for batch in setup.validation.in_order()])
+    assert torch.equal(evaluated, (centre - setup.validation.mean) / setup.validation.std)
+
+
+def test_augmentation_follows_the_seed_of_the_recipe_and_the_epoch(tiny: Tiny):
+    augment = "data.augment=[{crop: {padding: 2}}]"
+    first, again, other = (prepare(tiny(augment, f"seed={s}")).train for s in (0, 0, 1))
+    pixels, index = first.pixels[:50], torch.arange(50)
+    assert torch.equal(first.augment.train(pixels, 1, index), again.augment.train(pixels, 1, index))
+    assert not torch.equal(first.augment.train(pixels, 1, index), other.augment.train(pixels, 1, index))
+    assert not torch.equal(first.augment.train(pixels, 1, index), first.augment.train(pixels, 2, index))
+
+
+def test_the_options_of_augmentations_are_written_out(tiny: Tiny):
+    recipe = prepare(tiny("data.augment=[{crop: {size: 7}}, {flip: {}}]")).recipe
+    assert recipe.data.augment == [{"crop": {"size": 7, "padding": 0}}, {"flip": {}}]
+    assert load(Source("resolved.yaml", recipe.as_yaml())) == recipe
+
+
+def test_a_crop_that_does_not_fit_the_images_is_one_line(tiny: Tiny):
+    with pytest.raises(InputError, match="a crop of 9x9 pixels does not fit into images of 8x8 with padding 0"):
+        prepare(tiny("data.augment=[{crop: {size: 9}}]"))
+
+
+def test_large_images_are_evaluated_in_batches_as_they_are_trained_on(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
+    assert [prepare(tiny()).validation.batch_size, prepare(tiny()).train.batch_size] == [500, 32]
+    monkeypatch.setattr(preparation, "SMALL_IMAGE", 63)
+    assert prepare(tiny()).test.batch_size == prepare(tiny()).validation.batch_size == 32
 
 
 @pytest.mark.parametrize(

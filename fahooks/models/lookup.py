@@ -1,4 +1,4 @@
-"""Models by name: the paper's networks, anything registered, timm's, torchvision's, and factories in a file.
+"""Models by name: registered ones, timm's, torchvision's, and factories in a file.
 
 Weights are never downloaded: every model comes freshly initialised from torch's global generator.
 """
@@ -8,76 +8,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
-import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fahooks.plugins import InputError, UnknownName, models, near
-
-PAPER = "Moskovitz, Litwin-Kumar, Abbott 2018, https://arxiv.org/abs/1812.06488"
-
-
-def fan_in_(model: nn.Module) -> None:
-    """Draw the weights of every linear and convolutional layer from N(0, 1/N_in) and set the biases to zero.
-
-    N_in is the number of connections into a unit: channels per group times kernel area (Moskovitz et al. 2018, section 5.1).
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-@models.register(
-    "paper/mnist", summary="the paper's MNIST network (Supplementary Table 2): two 5x5 convolutions, 1024 dense", paper=PAPER
-)
-class PaperMnist(nn.Module):
-    """The MNIST network of Moskovitz et al. 2018, Supplementary Table 2: images [N, C, H, W] to logits [N, classes].
-
-    Arguments:
-        init: "fan_in" draws weights from N(0, 1/N_in) and zeroes biases, section 5.1; "default" keeps torch's initialisation.
-        in_channels: channels C of an image.
-        image_size: height H and width W of an image, at least 4; the paper's is 28.
-        classes: the number of classes.
-
-    Raises:
-        InputError: the image is too small for two 2x2 poolings.
-    """
-
-    def __init__(
-        self,
-        *,
-        init: Literal["fan_in", "default"] = "fan_in",
-        in_channels: int = 1,
-        image_size: int = 28,
-        classes: int = 10,
-    ) -> None:
-        super().__init__()
-        if image_size < 4:
-            raise InputError(f"paper/mnist pools twice by 2 and needs images of at least 4x4 pixels, not image_size={image_size}")
-        self.input_size = (in_channels, image_size, image_size)
-        self.conv1 = nn.Conv2d(in_channels, 32, kernel_size=5, padding=2)
-        self.conv2 = nn.Conv2d(32, 64, kernel_size=5, padding=2)
-        self.dense = nn.Linear(64 * (image_size // 4) ** 2, 1024)
-        self.dropout = nn.Dropout(0.5)
-        self.output = nn.Linear(1024, classes)
-        if init == "fan_in":
-            fan_in_(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, classes] of images [N, C, H, W]."""
-        x = torch.max_pool2d(torch.relu(self.conv1(x)), 2)
-        x = torch.max_pool2d(torch.relu(self.conv2(x)), 2)
-        x = torch.relu(self.dense(x.flatten(1)))
-        return self.output(self.dropout(x))
 
 
 def build(spec: str, /, **options: Any) -> nn.Module:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -13,64 +12,8 @@ from fahooks import models
 from fahooks.plugins import InputError, UnknownName
 
 
-def test_paper_mnist_is_the_network_of_supplementary_table_2():
-    model = models.build("paper/mnist")
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name.endswith("weight")}
-    assert shapes == {
-        "conv1.weight": (32, 1, 5, 5),
-        "conv2.weight": (64, 32, 5, 5),
-        "dense.weight": (1024, 3136),
-        "output.weight": (10, 1024),
-    }
-    assert model(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
-
-
-def test_paper_mnist_computes_what_its_table_says():
-    torch.manual_seed(0)
-    model = models.build("paper/mnist").eval()
-    c1, c2, d, o = (model.get_submodule(name) for name in ("conv1", "conv2", "dense", "output"))
-    pool = nn.MaxPool2d(2, stride=2)
-    plain = nn.Sequential(c1, nn.ReLU(), pool, c2, nn.ReLU(), pool, nn.Flatten(), d, nn.ReLU(), nn.Dropout(0.5), o).eval()
-    x = torch.randn(2, 1, 28, 28)
-    assert torch.equal(model(x), plain(x))
-    torch.manual_seed(1)
-    dropped = model.train()(x)
-    torch.manual_seed(1)
-    assert torch.equal(dropped, plain.train()(x))
-    assert not torch.equal(dropped, plain.eval()(x))
-
-
-def test_fan_in_initialisation_has_variance_one_over_n_in_and_zero_biases():
-    torch.manual_seed(0)
-    model = models.build("paper/mnist", init="fan_in")
-    for name, n_in in {"conv1": 25, "conv2": 800, "dense": 3136, "output": 1024}.items():
-        weight = model.get_parameter(f"{name}.weight")
-        # The standard error of a variance estimated from n normal numbers is sqrt(2/n) of it.
-        assert abs(weight.var().item() * n_in - 1) < 5 * math.sqrt(2 / weight.numel()), name
-        assert not model.get_parameter(f"{name}.bias").any()
-
-
-def test_default_initialisation_is_torchs():
-    torch.manual_seed(0)
-    model = models.build("paper/mnist", init="default")
-    torch.manual_seed(0)
-    assert torch.equal(model.get_parameter("conv1.weight"), nn.Conv2d(1, 32, 5).weight)
-
-
-@pytest.mark.parametrize(("size", "channels", "classes"), [(8, 1, 10), (32, 3, 7), (30, 2, 2)])
-def test_paper_mnist_fits_other_images(size: int, channels: int, classes: int):
-    model = models.build_for_images("paper/mnist", (channels, size, size), classes)
-    assert model(torch.zeros(1, channels, size, size)).shape == (1, classes)
-    assert models.input_size(model, "paper/mnist") == (channels, size, size)
-
-
 def test_options_of_the_user_come_before_what_the_images_suggest():
     assert models.build_for_images("paper/mnist", (1, 28, 28), 10, classes=26)(torch.zeros(1, 1, 28, 28)).shape == (1, 26)
-
-
-def test_images_too_small_to_pool_are_refused():
-    with pytest.raises(InputError, match="at least 4x4.*image_size=3"):
-        models.build("paper/mnist", image_size=3)
 
 
 def test_timm_models_have_their_own_input_size_and_fit_images():

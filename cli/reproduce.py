@@ -1,0 +1,62 @@
+"""`fahooks reproduce`: the paper's Table 1, ours beside the published one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from fahooks.plugins import InputError, near
+
+from .train import SETTINGS, stoppable
+
+TABLES = ("table1",)
+
+
+@click.command()
+@click.argument("table", metavar="table1")
+@click.option("--columns", metavar="NAMES", help="Such as mnist,cifar10-1; all by default.")
+@click.option("--rows", metavar="NAMES", help="Such as bp,fa-usf-sn or 'BP + Noise'; all by default.")
+@click.option("--seeds", default="0", show_default=True, metavar="NUMBERS", help="One run a cell for each, such as 0,1,2.")
+@SETTINGS
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the runs and the table.  [default: runs/table1]")
+def reproduce(
+    table: str, columns: str | None, rows: str | None, seeds: str, overrides: tuple[str, ...], out: Path | None
+) -> None:
+    """Train what is missing of the paper's Table 1, and set ours beside the paper's.
+
+    A cell is a shipped recipe (`fahooks ls recipes`), its runs lie in OUT/RECIPE/seed-N. Finished ones are taken as they are,
+    interrupted ones go on. Then everything that is finished in OUT is printed as a table, and written to OUT/table1.csv and
+    OUT/table1.md. Several processes may fill one OUT.
+    """
+    from fahooks.report import table1
+    from fahooks.training import reproduction
+
+    if table not in TABLES:
+        raise InputError(f"{table!r} can not be reproduced{near(table, TABLES)}; there is {', '.join(TABLES)}")
+    out = out or reproduction.OUT
+    with stoppable():
+        diverged = reproduction.reproduce(_names(columns), _names(rows), _numbers(seeds), overrides, out)
+        cells = reproduction.write_table(out)
+    if cells:
+        Console(width=None if sys.stdout.isatty() else 120).print(table1.table(cells))
+        click.echo(f"\n{table1.CAPTION}")
+        for path in table1.unfinished(out):
+            click.echo(f"not in the table: {path}")
+        click.echo(f"written: {out / 'table1.csv'}, {out / 'table1.md'}")
+    if diverged:
+        raise InputError("\n".join(diverged))
+
+
+def _names(text: str | None) -> list[str]:
+    return [] if text is None else [name.strip() for name in text.split(",")]
+
+
+def _numbers(text: str) -> list[int]:
+    """Seeds, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) < 2**63 for part in parts):
+        raise InputError(f"--seeds must be whole numbers from 0 on, such as 0,1,2 (got {text!r})")
+    return list(dict.fromkeys(map(int, parts)))
