@@ -136,7 +136,7 @@ class Passes:
     def end(self, model: nn.Module, args: Any, output: Any) -> Any:
         """End the pass, and give the output the edges that the rules want."""
         current, self.current = self.current, None
-        if current is None or not current.visits:
+        if current is None or output is None:  # there is no output where the forward pass raised
             return output
         for visit in reversed(current.visits):
             output = visit.rule.finish(visit, output, current)

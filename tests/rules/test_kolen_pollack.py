@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+import fahooks
+from fahooks.plugins import InputError
+from fahooks.probes import degrees
+from fahooks.rules import KolenPollack
+from fahooks.surgery import feedback_rules
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 3)).double()
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 1, 6, 6, generator=generator, dtype=torch.float64)
+    return x, x.flatten(1)[:, :3].tanh()
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: int) -> None:
+    x, y = data()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        ((model(x) - y) ** 2).mean().backward()
+        optimizer.step()
+
+
+def pairs(model: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
+    """W and B of every layer."""
+    layers: Any = dict(model.named_modules())
+    return [(layers[name].weight.detach(), rule.get_buffer("matrix")) for name, rule in feedback_rules(model).items()]
+
+
+def test_the_difference_shrinks_by_weight_decay_alone():
+    model = net()
+    fahooks.convert(model, "kp")
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.02)
+    fahooks.attach(model, optimizer)
+    before = [(w - b).clone() for w, b in pairs(model)]
+    moved = [w.clone() for w, _ in pairs(model)]
+    train(model, optimizer, 25)
+    for (w, b), difference, start in zip(pairs(model), before, moved, strict=True):
+        torch.testing.assert_close(w - b, difference * (1 - 0.1 * 0.02) ** 25, rtol=1e-10, atol=1e-12)
+        assert (w - start).norm() > 1e-3 * start.norm(), "control: the weights move"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: SGD(p, lr=0.1, weight_decay=0.1),
+        lambda p: SGD(p, lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.1),
+        lambda p: Adam(p, lr=0.005, weight_decay=0.05),
+        lambda p: AdamW(p, lr=0.01, weight_decay=0.5, foreach=True),
+        lambda p: Adam(p, lr=0.005, weight_decay=0.05, fused=True),
+    ],
+    ids=["sgd", "momentum", "adam", "adamw", "fused"],
+)
+def test_the_angle_falls_below_ten_degrees(make: Callable[[Any], Optimizer]):
+    model = net()
+    fahooks.convert(model, "kp")
+    optimizer = make(model.parameters())
+    fahooks.attach(model, optimizer)
+    assert all(degrees(w, b) > 60 for w, b in pairs(model)), "control: they begin apart"
+    train(model, optimizer, 600)
+    assert all(degrees(w, b) < 10 for w, b in pairs(model))
+
+
+def test_without_weight_decay_they_stay_apart():
+    model = net()
+    fahooks.convert(model, "kp")
+    optimizer = SGD(model.parameters(), lr=0.05)
+    fahooks.attach(model, optimizer)
+    before = [(w - b).clone() for w, b in pairs(model)]
+    train(model, optimizer, 20)
+    torch.testing.assert_close([w - b for w, b in pairs(model)], before, rtol=1e-10, atol=1e-12)
+
+
+def test_each_b_follows_the_learning_rate_of_its_weight():
+    model = net()
+    fahooks.convert(model, "kp")
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": [*model[3].parameters(), *model[5].parameters()]}]
+    optimizer = SGD(groups, lr=0.1, weight_decay=0.1)
+    fahooks.attach(model, optimizer)
+    before = [b.clone() for _, b in pairs(model)]
+    train(model, optimizer, 3)
+    moved = [not torch.equal(b, old) for (_, b), old in zip(pairs(model), before, strict=True)]
+    assert moved == [False, True, True]
+
+
+def test_a_resumed_training_ends_with_the_same_bits():
+    def made() -> tuple[nn.Sequential, Optimizer, Any]:
+        model = net()
+        fahooks.convert(model, "kp")
+        optimizer = Adam(model.parameters(), lr=0.01, weight_decay=0.05)
+        return model, optimizer, fahooks.attach(model, optimizer)
+
+    model, optimizer, handle = made()
+    train(model, optimizer, 5)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), handle.state_dict()))
+    train(model, optimizer, 5)
+    other, again, other_handle = made()
+    for thing, state in zip((other, again, other_handle), saved, strict=True):
+        thing.load_state_dict(state)
+    train(other, again, 5)
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_removed_it_leaves_the_optimizer_as_it_was():
+    model = net()
+    fahooks.convert(model, "kp")
+    optimizer = Adam(model.parameters(), lr=0.01, weight_decay=0.05)
+    before = [list(group["params"]) for group in optimizer.param_groups]
+    handle = fahooks.attach(model, optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == len(before[0]) + 3
+    train(model, optimizer, 2)
+    handle.remove()
+    assert [list(map(id, group["params"])) for group in optimizer.param_groups] == [list(map(id, part)) for part in before]
+    assert len(optimizer.state) == len(before[0])
+    with pytest.warns(UserWarning, match="is trained, and its B does not learn"):
+        train(model, optimizer, 3)
+
+
+def test_training_without_attach_warns_once_a_layer():
+    model = net()
+    fahooks.convert(model, "kp")
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with pytest.warns(UserWarning, match=r"call fahooks.attach\(model, optimizer\)") as warned:
+        train(model, optimizer, 5)
+    assert len(warned) == 2, "the first layer's input asks for no error, so that its B is never used"
+
+
+def test_a_b_that_was_replaced_is_refused():
+    model = net()
+    fahooks.convert(model, "kp")
+    optimizer = SGD(model.parameters(), lr=0.01)
+    fahooks.attach(model, optimizer)
+    rule = next(iter(feedback_rules(model).values()))
+    assert isinstance(rule, KolenPollack)
+    rule.matrix = rule.matrix.clone()
+    with pytest.raises(InputError, match="was moved or replaced after fahooks.attach: attach again"):
+        train(model, optimizer, 1)
