@@ -239,7 +239,8 @@ class DenseFeedbackAlignment(RandomDirectRule):
             return output
         source = units(output, call.layout, visit.units.samples, unbatched=call.unbatched)
         for earlier in self.passes.current.visits[:-1]:
-            if isinstance(earlier.rule, DenseFeedbackAlignment) and earlier.tensor is not input:
+            same = earlier.tensor is input and earlier.version == visit.version
+            if isinstance(earlier.rule, DenseFeedbackAlignment) and not same:
                 send = partial(earlier.rule.send, self.name, source, earlier.units)
                 output = inject(output, earlier.target(), send, earlier.rule)
         return output

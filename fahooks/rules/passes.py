@@ -98,7 +98,12 @@ class WholeModelRule(DirectRule):
                 "needs use_reentrant=False"
             )
         samples = 1 if unbatched or tensor.dim() == 1 else current.samples
-        visit = Visit(self, tensor, units(tensor, layout, samples, unbatched=unbatched), _version(tensor), copy)
+        try:
+            lie = units(tensor, layout, samples, unbatched=unbatched)
+        except InputError as error:
+            what = f"{self.label}: at {self.name!r}, {error}"
+            raise InputError(f"{what}: leave the layer to backpropagation (exclude=), or give the input a batch dimension") from error
+        visit = Visit(self, tensor, lie, _version(tensor), copy)
         current.visits.append(visit)
         return visit
 
@@ -131,7 +136,7 @@ class Passes:
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin a pass."""
         first = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        self.current = Pass(1 if first is None or first.dim() < 2 else first.shape[0], self.targets)
+        self.current = Pass(1 if first is None or first.dim() == 0 else first.shape[0], self.targets)
 
     def end(self, model: nn.Module, args: Any, output: Any) -> Any:
         """End the pass, and give the output the edges that the rules want."""
@@ -249,6 +254,8 @@ def chosen(output: Any, option: int | str | None, rule: str) -> tuple[Tensor, Ca
             names = ", ".join(map(repr, found)) or "none"
             raise InputError(f"{rule}: the model returns several tensors, or none ({names}): choose one with the option output=")
         option = found[0]
+    if option in getattr(output, "_fields", ()):
+        option = output._fields.index(option)
     if not isinstance(parts.get(option), Tensor):
         raise InputError(f"{rule}: the model's output has no tensor output={option!r}{near(str(option), map(str, parts))}")
     return parts[option], lambda tensor: _with_part(output, option, tensor)
