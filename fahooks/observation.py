@@ -18,6 +18,7 @@ def as_found(model: nn.Module) -> Iterator[None]:
     """Put requires_grad, buffers and random number generators back afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    extra = [(m, m.get_extra_state()) for m in model.modules() if type(m).get_extra_state is not nn.Module.get_extra_state]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
@@ -25,6 +26,8 @@ def as_found(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+            for module, state in extra:
+                module.set_extra_state(state)
             with torch.no_grad():
                 for module, name, buffer, value in buffers:
                     module._buffers[name] = buffer

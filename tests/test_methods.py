@@ -17,7 +17,7 @@ from fahooks.training.setup import prepare
 
 # What a method needs beside its name: signs of gradients are steps, and targets do not shrink as errors do.
 SETTINGS: dict[str, list[str]] = {
-    "drtp": ["feedback=[{match: '*', rule: drtp, gain: 0.001}]", "optim={name: sgd, lr: 0.01, momentum: 0.9}"],
+    "drtp": ["feedback=[{match: '*', rule: drtp, gain: 1.0e-6}]", "optim={name: sgd, lr: 0.003, momentum: 0.9}"],
     "manhattan": ["optim={name: sgd, lr: 1.0e-4}"],
 }
 

@@ -79,12 +79,12 @@ STORAGE = {
     ("DenseFA", "imagenet_2"): "channel",
 }
 
-# Section 7.1 where it speaks: learning rate, epochs between decays, factor, epochs, images a batch.
+# Section 7.1 where it speaks, else docs/recipes.md: learning rate, epochs between decays, factor, epochs, images a batch.
 TRAINING = {
     "mnist": (1e-4, 20, 0.1, 25, 50),
     "cifar10_1": (5e-4, 30, 0.8, 154, 128),
     "cifar10_2": (5e-4, 120, 0.1, 256, 128),
-    "imagenet_1": (5e-4, 20, 0.8, 100, 128),
+    "imagenet_1": (1e-4, 20, 0.8, 100, 128),
     "imagenet_2": (5e-4, 47, 0.1, 100, 128),
 }
 

@@ -5,6 +5,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fahooks
+from fahooks import plugins
 from fahooks.reference import oracle
 from fahooks.surgery import FeedbackLayer, feedback_layers, feedback_rules
 
@@ -20,9 +22,12 @@ Learn = Callable[..., Any]
 Make = Callable[[], nn.Module]
 M = TypeVar("M", bound=nn.Module)
 
-RULES = ["sham", "fa", "usf", "usf_init", "usf_sn"]
+RULES = ["sham", "fa", "usf", "usf_init", "usf_sn", "frsf", "kp", "wm"]
 CHANGING = RULES[1:]
 """The rules whose gradients are not those of backpropagation."""
+
+DIRECT = ["brsf", "bp_noise", "dfa", "dense_fa", "drtp"]
+"""The rules that draw anew, or send something else than B^T delta: no surrogate of a single layer is their oracle."""
 
 
 class Standardised(nn.Conv2d):
@@ -90,6 +95,7 @@ LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
 
 each_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 each_rule = pytest.mark.parametrize("rule", RULES)
+each_rule_of_all = pytest.mark.parametrize("rule", RULES + DIRECT)
 each_changing_rule = pytest.mark.parametrize("rule", CHANGING)
 
 
@@ -113,6 +119,9 @@ def network() -> nn.Sequential:
     )
 
 
+LABELS = torch.arange(4) % 3
+
+
 def images(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -133,7 +142,7 @@ def assert_oracle(learn: Learn, plain: nn.Module, converted: nn.Module, *inputs:
     learn(converted, *inputs, **options).assert_oracle(expected, learn(plain, *inputs, **options))
 
 
-@each_rule
+@each_rule_of_all
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
 def test_outputs_keep_their_bits(rule: str, dtype: torch.dtype, training: bool) -> None:
@@ -308,7 +317,7 @@ def test_tied_weights_stay_tied_and_have_a_feedback_matrix_each(learn: Learn) ->
     assert_oracle(learn, plain, converted, torch.randn(2, 3).double())
 
 
-@each_rule
+@each_rule_of_all
 def test_converting_does_not_move_the_global_generator(rule: str) -> None:
     model = seeded(network)
     before = torch.get_rng_state()
@@ -318,7 +327,7 @@ def test_converting_does_not_move_the_global_generator(rule: str) -> None:
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-@each_rule
+@each_rule_of_all
 def test_revert_gives_back_the_plain_model(learn: Learn, rule: str) -> None:
     plain, model = pair(network, rule)
     attributes = {name: set(vars(module)) for name, module in plain.named_modules()}
@@ -332,7 +341,7 @@ def test_revert_gives_back_the_plain_model(learn: Learn, rule: str) -> None:
     assert not feedback_layers(model)
 
 
-@each_rule
+@each_rule_of_all
 def test_converting_again_with_the_same_arguments_changes_nothing(rule: str) -> None:
     _, model = pair(network, rule, seed=3)
     rules = feedback_rules(model)
@@ -452,7 +461,7 @@ def test_converting_a_copy_again_changes_nothing(duplicate: Callable[[nn.Module]
     assert all(rule is rules[name] for name, rule in feedback_rules(twin).items())
 
 
-@each_rule
+@each_rule_of_all
 def test_plain_checkpoints_load_strictly(learn: Learn, rule: str) -> None:
     plain, model = pair(network, rule)
     torch.manual_seed(9)
@@ -463,7 +472,8 @@ def test_plain_checkpoints_load_strictly(learn: Learn, rule: str) -> None:
         assert parameter.dim() < 2 or not torch.equal(plain.get_parameter(name), parameter)
     expected = copy.deepcopy(other)
     fahooks.convert(expected, rule)
-    learn(model, images(torch.float64)).assert_same_bits(learn(expected, images(torch.float64)))
+    found, fresh = (learn(m, images(torch.float64), around=partial(fahooks.targets, m, LABELS)) for m in (model, expected))
+    found.assert_same_bits(fresh)
 
 
 @pytest.mark.parametrize("rule", ["fa", "usf_init"])
@@ -542,6 +552,29 @@ def test_the_model_itself_may_be_the_layer(learn: Learn) -> None:
     plain, converted = pair(lambda: nn.Linear(4, 3))
     assert list(feedback_rules(converted)) == [""]
     assert_oracle(learn, plain, converted, torch.randn(2, 4).double())
+
+
+def test_no_rule_of_the_package_is_left_out_of_these_tests() -> None:
+    assert {"bp", *RULES, *DIRECT} <= set(fahooks.list_rules())
+    ours = {entry.name for entry in plugins.rules if str(entry.target.__module__).startswith("fahooks.")}
+    assert ours == {"bp", *RULES, *DIRECT}
+
+
+@pytest.mark.parametrize("rule", DIRECT)
+def test_direct_rules_give_every_parameter_a_gradient_and_follow_the_mode_and_the_seed(learn: Learn, rule: str) -> None:
+    plain, model = pair(network, rule)
+    (_, twin), (_, other) = pair(network, rule), pair(network, rule, seed=1)
+    found, same, different = (
+        learn(m, images(torch.float64), around=partial(fahooks.targets, m, LABELS)) for m in (model, twin, other)
+    )
+    true = learn(plain, images(torch.float64))
+    torch.testing.assert_close(found.outputs, true.outputs, rtol=0, atol=0)
+    assert found.gradients.keys() == true.gradients.keys()
+    assert found.distance(true) > 0.1, "control: the gradients are those of backpropagation"
+    found.assert_same_bits(same)
+    assert (found.distance(different) > 0.1) is (rule != "bp_noise"), "its noise comes from the global generator"
+    assert all(rule_of_model.training for rule_of_model in feedback_rules(model).values())
+    assert not any(rule_of_model.training for rule_of_model in feedback_rules(model.eval()).values())
 
 
 def test_a_weight_replaced_by_one_of_another_shape_asks_for_a_new_conversion():

@@ -69,7 +69,8 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps and the state of every hook, in order; that of rules is the model's and the optimizer's."""
-        return {"steps": self.steps, "hooks": [hook.state_dict() for hook, _ in self.hooks]}
+        names = [_label(hook) for hook, _ in self.hooks]
+        return {"steps": self.steps, "names": names, "hooks": [hook.state_dict() for hook, _ in self.hooks]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned.
@@ -77,8 +78,8 @@ class Attachment:
         Raises:
             InputError: it is the state of other hooks, or of hooks on other weights.
         """
-        given = [sorted(hook) for hook in state["hooks"]]
-        own = [sorted(hook.state_dict()) for hook, _ in self.hooks]
+        given = [(name, sorted(hook)) for name, hook in zip(state["names"], state["hooks"], strict=True)]
+        own = [(_label(hook), sorted(hook.state_dict())) for hook, _ in self.hooks]
         if given != own:
             raise InputError("the state is that of other hooks, or of hooks on other weights: attach those that it came from")
         for (hook, _), values in zip(self.hooks, state["hooks"], strict=True):

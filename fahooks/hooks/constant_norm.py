@@ -49,7 +49,7 @@ class ConstantNorm(Hook):
             initial, norm = self.recall(name), weight_norm(weight)
             share = 1.0 if self.time_constant is None else -math.expm1(-1 / self.time_constant)
             factor = torch.where(norm > 0, torch.lerp(norm, initial, share) / norm, 1.0)
-            weight.mul_(factor.to(weight.dtype))
+            weight.copy_(weight.to(factor.dtype) * factor)
 
     def extra_repr(self) -> str:
         """The time constant."""

@@ -16,7 +16,7 @@ from fahooks.surgery.sites import CONVERTIBLE, Site
 
 @register_hook("dale", paper="Moskovitz et al. 2018, section 5.5, https://arxiv.org/abs/1812.06488")
 class Dale(Hook):
-    """Every outgoing weight of a unit keeps that unit's sign, from the start on.
+    """Within a layer every outgoing weight of a unit keeps that unit's sign, from the start on.
 
     The units of a layer are its inputs: column j of a linear layer's W, the weights of one input channel of a convolution. When
     it is attached, weights of the wrong sign are mirrored, so that norms stay. An image's channels are units too: leave the first

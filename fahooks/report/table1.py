@@ -14,6 +14,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from fahooks.plugins import InputError
 from fahooks.report.runs import Run, read_run
 
 COLUMNS = ("mnist", "cifar10_1", "cifar10_2", "imagenet_1", "imagenet_2")
@@ -177,7 +178,10 @@ def _directories(folder: Path) -> Iterator[Path]:
 
 def _state(path: Path) -> str:
     file = path / "status.json"
-    return json.loads(file.read_text(encoding="utf-8"))["state"] if file.is_file() else "begun"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["state"] if file.is_file() else "begun"
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{str(file)!r} is damaged: move the run away, or start it anew") from error
 
 
 def _cell(runs: Sequence[Run]) -> Cell:

@@ -106,6 +106,7 @@ class LearningRule(Rule):
     learns = True
     attached = False
     seen: int | None = None
+    learned: tuple[nn.Parameter, ...] = ()
 
     def forward(self, weight: Tensor) -> Tensor:
         """B, as the other base says."""
@@ -115,15 +116,32 @@ class LearningRule(Rule):
                 what = f"{self.label}: {self.name or 'the weight'} is trained, and its B does not learn"
                 warnings.warn(f"{what}: call fahooks.attach(model, optimizer) before training", stacklevel=2)
             self.seen = weight._version if self.seen is None else -1
+        if self.learned and not torch.compiler.is_compiling():
+            self._check_learned(weight)
         return super().forward(weight)
+
+    def _check_learned(self, weight: Tensor) -> None:
+        """Refuse a layer that computes its weight from the parameter that B learns beside; autocast may change the dtype."""
+        (parameter,) = self.learned
+        if weight.dtype == parameter.dtype and weight.data_ptr() != parameter.data_ptr():
+            raise plugins.InputError(
+                f"{self.label}: {self.name!r} computes its weight from its parameter (weight standardisation), and B would "
+                "learn beside another weight than it serves: give this layer another rule"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is attached to no optimizer.
+        return {**self.__dict__, "attached": False, "learned": ()}
 
     def attach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
         """Begin to learn."""
         self.attached = True
+        self.learned = (weight,)  # in a tuple, since a module would take it for a parameter of its own
 
     def detach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
         """Learn no more."""
         self.attached = False
+        self.learned = ()
 
 
 class DrawingRule(Rule):
@@ -177,7 +195,7 @@ class Call:
 class DirectRule(Rule):
     """A rule that sends something else below than B^T delta, and so decides itself what a call does.
 
-    A subclass implements `around`; one that has to do with the whole model also sets `whole`.
+    A subclass implements `around`; one that has to do with the whole model is a `fahooks.rules.passes.WholeModelRule`.
     """
 
     def around(self, call: Call, input: Tensor) -> Tensor:
@@ -301,5 +319,5 @@ def check_positive(option: str, value: object) -> None:
     Raises:
         InputError: names the option and the value.
     """
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
         raise plugins.InputError(f"{option} must be a positive number, got {value!r}")

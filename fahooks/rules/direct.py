@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fahooks.plugins import InputError
 from fahooks.rules.base import Call, check_choice, check_draw, draw, register_rule
 from fahooks.rules.direct_matrix import FEEDBACK, DirectMatrix, Units
-from fahooks.rules.passes import Pass, Visit, WholeModelRule, chosen, copy_without_edge, inject, mark, units
+from fahooks.rules.passes import Pass, Targets, Visit, WholeModelRule, chosen, copy_without_edge, inject, mark, units
 
 
 class RandomDirectRule(WholeModelRule):
@@ -42,6 +42,8 @@ class FromOutput(RandomDirectRule):
 
     def __init__(self, *, output: int | str | None, at: str | list[str] | None, **options: Any) -> None:
         super().__init__(**options)
+        if at and options["feedback"] == "channel":
+            raise InputError("feedback='channel' is for layers, and at= sends to blocks: use feedback='dense' or 'seeded'")
         self.output = output
         self.at = at
 
@@ -53,7 +55,7 @@ class FromOutput(RandomDirectRule):
             if self.at
             else "a residual path around a layer carries the errors sent to later layers down to its input, beside its own"
         )
-        return f"{path}; B is drawn in the first forward pass"
+        return f"{path}; B is drawn, and takes memory, in the first backward pass"
 
     def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
         """Note what B is drawn from, once sizes are known."""
@@ -77,7 +79,7 @@ class FromOutput(RandomDirectRule):
         if not output.requires_grad:
             return output
         copy = copy_without_edge(output)
-        self.visit(output, "channels first" if output.dim() > 3 else "channels last", copy=copy)
+        self.visit(output, "channels last", copy=copy)
         return copy
 
     def finish(self, visit: Visit, output: Any, current: Pass) -> Any:
@@ -87,7 +89,7 @@ class FromOutput(RandomDirectRule):
             return replaced(visit.target())
         return replaced(inject(tensor, visit.target(), partial(self.send, visit.units, current.targets), self))
 
-    def send(self, units: Units, targets: Tensor | None, error: Tensor) -> Tensor:
+    def send(self, units: Units, targets: Targets | None, error: Tensor) -> Tensor:
         """What x gets, of the error [N, ...] at the model's output."""
         if units.samples > 1 and (error.dim() == 0 or error.shape[0] != units.samples):
             raise InputError(
@@ -97,7 +99,7 @@ class FromOutput(RandomDirectRule):
         signal = self.signal(error.reshape(units.samples, -1), targets)
         return units.unfold(self.matrix(signal.unsqueeze(2), units.folded))
 
-    def signal(self, error: Tensor, targets: Tensor | None) -> Tensor:
+    def signal(self, error: Tensor, targets: Targets | None) -> Tensor:
         """What is multiplied by B: [N, outputs], of the error e of that shape."""
         return error
 
@@ -168,7 +170,7 @@ class DirectRandomTargetProjection(FromOutput):
     ) -> None:
         super().__init__(output=output, at=at, feedback=feedback, init=init, distribution=distribution, gain=gain)
 
-    def signal(self, error: Tensor, targets: Tensor | None) -> Tensor:
+    def signal(self, error: Tensor, targets: Targets | None) -> Tensor:
         """The targets as [N, outputs], over N.
 
         Raises:
@@ -177,14 +179,18 @@ class DirectRandomTargetProjection(FromOutput):
         if targets is None:
             raise InputError("drtp needs the targets: run the forward pass inside `with fahooks.targets(model, labels):`")
         samples, outputs = error.shape
-        if not targets.is_floating_point() and targets.numel() == samples:
-            targets = F.one_hot(targets.flatten().long(), outputs)
-        if targets.numel() != error.numel():
+        labels = targets.labels
+        if not labels.is_floating_point() and labels.numel() == samples and outputs > 1:
+            labels = labels.flatten().long()
+            if labels.min() < 0 or labels.max() >= outputs:
+                raise InputError(f"drtp: class indices must be from 0 to {outputs - 1}, got {labels.min()} to {labels.max()}")
+            labels = F.one_hot(labels, outputs)
+        if labels.numel() != error.numel():
             raise InputError(
-                f"drtp: targets of shape {tuple(targets.shape)} do not fit {samples} samples with {outputs} outputs: give class "
+                f"drtp: targets of shape {tuple(labels.shape)} do not fit {samples} samples with {outputs} outputs: give class "
                 "indices [N], or values of the shape of the output"
             )
-        return targets.reshape(samples, outputs).to(error) / samples
+        return labels.reshape(samples, outputs).to(error) * (targets.scale / samples)
 
 
 @register_rule("dense_fa", paper="Moskovitz et al. 2018, https://arxiv.org/abs/1812.06488, section 4")

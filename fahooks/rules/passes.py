@@ -54,18 +54,27 @@ class Visit:
         return self.tensor
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What `fahooks.targets` was given."""
+
+    labels: Tensor
+    scale: float
+
+
 @dataclass
 class Pass:
     """One forward pass of the model.
 
     Attributes:
-        samples: N, the size of the batch.
+        samples: N, the size of the batch: the first dimension of the first tensor that the model is called with, and of what its
+            layers read, whose parts then belong to the samples in order.
         targets: what `fahooks.targets` gave, if anything.
         visits: what errors are to be sent to, in the order of the calls.
     """
 
     samples: int
-    targets: Tensor | None = None
+    targets: Targets | None = None
     visits: list[Visit] = field(default_factory=list)
 
 
@@ -98,11 +107,18 @@ class WholeModelRule(DirectRule):
                 "needs use_reentrant=False"
             )
         samples = 1 if unbatched or tensor.dim() == 1 else current.samples
+        if layout == "sequence first" and tensor.dim() == 3 and tensor.shape[1] != samples:
+            raise InputError(
+                f"{self.label}: {self.name!r} is called for a batch of {tensor.shape[1]}, the model for one of {samples}: the "
+                "batch must be the first dimension of what the model is called with (batch_first=True)"
+            )
         try:
             lie = units(tensor, layout, samples, unbatched=unbatched)
         except InputError as error:
             what = f"{self.label}: at {self.name!r}, {error}"
-            raise InputError(f"{what}: leave the layer to backpropagation (exclude=), or give the input a batch dimension") from error
+            raise InputError(
+                f"{what}: leave the layer to backpropagation (exclude=), or give the input a batch dimension"
+            ) from error
         visit = Visit(self, tensor, lie, _version(tensor), copy)
         current.visits.append(visit)
         return visit
@@ -127,7 +143,7 @@ class Passes:
 
     def __init__(self, model: nn.Module) -> None:
         self.current: Pass | None = None
-        self.targets: Tensor | None = None
+        self.targets: Targets | None = None
         self.handles = (
             model.register_forward_pre_hook(self.begin, with_kwargs=True, prepend=True),
             model.register_forward_hook(self.end, always_call=True),
@@ -135,8 +151,9 @@ class Passes:
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin a pass."""
-        first = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        self.current = Pass(1 if first is None or first.dim() == 0 else first.shape[0], self.targets)
+        tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim() > 0)
+        first = next(tensors, None)
+        self.current = Pass(1 if first is None else first.shape[0], self.targets)
 
     def end(self, model: nn.Module, args: Any, output: Any) -> Any:
         """End the pass, and give the output the edges that the rules want."""
@@ -160,17 +177,23 @@ def passes_of(model: nn.Module) -> list[Passes]:
 
 
 @contextmanager
-def targets(model: nn.Module, labels: Tensor) -> Iterator[None]:
+def targets(model: nn.Module, labels: Tensor, *, scale: float = 1.0) -> Iterator[None]:
     """Tell the rules of `model` that need them (drtp) the targets of the forward passes inside; others do not mind.
 
     Arguments:
         model: a converted model, or any other.
         labels: class indices int64 [N], or values of the shape of the model's output.
+        scale: what the loss is multiplied by, as by a GradScaler or for gradient accumulation.
+
+    Raises:
+        InputError: the labels are no tensor.
     """
+    if not isinstance(labels, Tensor):
+        raise InputError(f"targets must be a tensor of class indices or values, got a {type(labels).__name__}")
     watched = passes_of(model)
     before = [passes.targets for passes in watched]
     for passes in watched:
-        passes.targets = labels
+        passes.targets = Targets(labels, scale)
     try:
         yield
     finally:

@@ -44,6 +44,8 @@ class WeightMirror(LearningRule, DrawingRule, FeedbackAlignment):
         super().__init__(init=init, distribution=distribution, gain=gain)
         check_positive("rate", rate)
         check_positive("samples", samples)
+        if not isinstance(samples, int):
+            raise InputError(f"samples must be a whole number, got {samples!r}")
         if rate > 1:
             raise InputError(f"rate must be at most 1, which forgets the old B, got {rate!r}")
         self.rate = rate

@@ -6,7 +6,8 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import cached_property
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from fahooks import plugins
 from fahooks.rules.backprop import Backprop
 from fahooks.rules.base import FunctionRule, Rule
+from fahooks.rules.direct import FromOutput
 from fahooks.surgery.selection import selector_test
 from fahooks.surgery.sites import CONVERTIBLE, ConversionError, Site
 
@@ -28,10 +30,12 @@ class Choice:
     identity: tuple[Any, ...]
     label: str
 
-    @property
+    @cached_property
     def at(self) -> list[str]:
         """Patterns of the blocks whose outputs the error is sent to; empty for rules that serve layers."""
-        at = getattr(self.make(), "at", None) if self.identity[0] is not Backprop else None
+        if not (isinstance(self.identity[0], type) and issubclass(self.identity[0], FromOutput)):
+            return []
+        at: Any = cast(Any, self.make()).at
         return [at] if isinstance(at, str) else list(at or [])
 
     def rule_for(self, site: Site, seed: int) -> Rule | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -68,6 +68,7 @@ def convert(
     choose = rule_chooser(rule, rule_options, sites)
     selected = reasons_unselected(sites, include, exclude)
     plan: Plan = []
+    named: dict[str, Site] = {}
     blocks: dict[str, tuple[Site, Choice]] = {}
     for site in sites:
         reason = site.obstacle or selected[site.name]
@@ -75,14 +76,17 @@ def convert(
         if reason is None:
             choice = choose(site)
             check_materialised(site)
-            if choice is not None and (found := find_blocks(model, choice.at)):
-                blocks |= {block.name: (block, choice) for block in found}
+            if choice is not None and choice.at:
+                found = find_blocks(model, choice.at)
+                named |= {block.name: block for block in found}
+                _claim_blocks(blocks, found, choice, site)
                 reason = BETWEEN_BLOCKS
             else:
                 new = choice.rule_for(site, seed) if choice else None
                 reason = _reason_left(choice, new)
         plan.append((site, new, reason))
-    plan += _block_plan(blocks, plan, seed)
+    _check_blocks(named.values(), plan)
+    plan += [(block, choice.rule_for_block(block, seed), None) for block, choice in blocks.values()]
     if not any(new for _, new, _ in plan) and not any(reason == LEFT_BY_BP for _, _, reason in plan):
         raise ConversionError(_nothing_converted(plan))
     _apply(model, plan)
@@ -139,16 +143,28 @@ def _reason_left(choice: Choice | None, rule: Rule | None) -> str | None:
     return None if rule is not None else LEFT_BY_BP
 
 
-def _block_plan(blocks: Mapping[str, tuple[Site, Choice]], plan: Plan, seed: int) -> Plan:
-    """The rules of blocks.
+def _claim_blocks(blocks: dict[str, tuple[Site, Choice]], found: Sequence[Site], choice: Choice, site: Site) -> None:
+    """Note the blocks among `found` that the layer of `site` lies in, for the choice that was made for it.
 
     Raises:
-        ConversionError: a block is a layer with a rule of its own.
+        ConversionError: another choice has a block already.
     """
+    for block in found:
+        if any(module is block.module for module in site.around):
+            if blocks.setdefault(block.name, (block, choice))[1] is not choice:
+                raise ConversionError(f"at: two rules send errors to {block.name!r}, those of two patterns: name it in one")
+
+
+def _check_blocks(named: Iterable[Site], plan: Plan) -> None:
+    """Refuse a block that is a layer with a rule of its own.
+
+    Raises:
+        ConversionError: names the layer.
+    """
+    modules = {id(block.module) for block in named}
     for site, rule, _ in plan:
-        if rule is not None and any(site.module is block.module for block, _ in blocks.values()):
+        if rule is not None and id(site.module) in modules:
             raise ConversionError(f"at: {site.name!r} is a layer with a rule of its own, {rule.label!r}: name other modules")
-    return [(block, choice.rule_for_block(block, seed), None) for block, choice in blocks.values()]
 
 
 def _apply(model: nn.Module, plan: Plan) -> None:

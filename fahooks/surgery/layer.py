@@ -125,7 +125,7 @@ class Routing(TorchFunctionMode):
         if not isinstance(rule, DirectRule):
             return core(*args, **kwargs, feedback=feedback)
         input, *others = args if args else (kwargs.pop("input"),)
-        if not input.requires_grad:
+        if not input.requires_grad or input.numel() == 0:
             return func(input, *others, **kwargs)
         return rule.around(
             Call(

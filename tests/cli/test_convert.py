@@ -301,7 +301,7 @@ def test_a_folder_that_vanishes_meanwhile_is_one_line(file: Path, tmp_path: Path
     [
         (("timm/resnet10x",), "timm has no model named 'resnet10x' - did you mean "),
         (("torchvision/swin_x",), "torchvision has no model named 'swin_x' - did you mean 'swin_"),
-        (("paper/minst",), "no model is named 'paper/minst' - did you mean 'paper/mnist'?"),
+        (("paper/minst",), "no model is named 'paper/minst' - did you mean 'paper/mnist'"),
         (("paper/mnist", "--rule", "usf_ns"), "no rule is named 'usf_ns' - did you mean 'usf_sn'"),
         (("paper/mnist", "--rule", "conv*=usf_ns"), "no rule is named 'usf_ns' - did you mean 'usf_sn'"),
         (("paper/mnist", "--rule", "fa", "--rule", "bp"), "--rule gives two rules for all layers: 'fa' and 'bp'"),

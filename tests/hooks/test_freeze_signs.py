@@ -68,7 +68,7 @@ def test_a_weight_that_is_zero_takes_the_side_of_its_first_value(net: Callable[.
     learn(model, optimizer, 1)
     assert (model.dense.weight[0] == 0).all()
     state = handle.state_dict()
-    state = {"steps": state["steps"], "hooks": [{name: side.clone() for name, side in state["hooks"][0].items()}]}
+    state = {**state, "hooks": [{name: side.clone() for name, side in state["hooks"][0].items()}]}
     for first in (-0.5, 0.5):
         with torch.no_grad():
             model.dense.weight[0] = first

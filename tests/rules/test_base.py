@@ -9,10 +9,18 @@ from torch import Tensor, nn
 
 import fahooks
 from fahooks import plugins
-from fahooks.rules import FunctionRule, Rule, list_rules, register_rule
+from fahooks.rules import DirectRule, FunctionRule, Rule, list_rules, register_rule
+from fahooks.rules.base import Call, DrawingRule, LearningRule
 from fahooks.surgery import feedback_rules
 
-WITH_STATE = [("fa", "matrix"), ("usf_init", "magnitude")]
+WITH_STATE = [
+    ("fa", "matrix"),
+    ("usf_init", "magnitude"),
+    ("frsf", "magnitude"),
+    ("kp", "matrix"),
+    ("wm", "matrix"),
+    ("dense_fa", "matrix"),
+]
 
 
 class Counted(Rule):
@@ -43,7 +51,8 @@ def buffers(net: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def test_the_rules_of_the_package_are_listed() -> None:
-    assert {"bp", "sham", "fa", "usf", "usf_init", "usf_sn"} <= set(list_rules())
+    paper = {"bp", "sham", "fa", "usf", "usf_init", "usf_sn", "bp_noise", "dfa", "dense_fa"}
+    assert paper | {"brsf", "frsf", "drtp", "kp", "wm"} <= set(list_rules())
     for entry in plugins.rules:
         assert entry.summary and entry.paper, f"{entry.name} does not describe itself"
 
@@ -147,3 +156,116 @@ def test_a_checkpoint_with_wrong_state_is_refused(change: Any, message: str) -> 
     state = {change(key): value for key, value in net.state_dict().items()}
     with pytest.raises(RuntimeError, match=f"(?s){message}"):
         net.load_state_dict(state, strict=True)
+
+
+class Halved(DirectRule):
+    """Half the true error, whatever the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any]] = []
+
+    def around(self, call: Call, input: Tensor) -> Tensor:
+        self.calls.append((call.layout, call.unbatched))
+        output = call.routed(input.clone())
+        assert torch.equal(call.plain(input), output)
+        input.register_hook(lambda error: error / 2)
+        return output
+
+
+LAYOUTS: list[tuple[nn.Module, tuple[int, ...], tuple[str, bool]]] = [
+    (nn.Linear(4, 3), (2, 4), ("channels last", False)),
+    (nn.Linear(4, 3), (4,), ("channels last", False)),
+    (nn.Conv1d(4, 3, 2), (2, 4, 5), ("channels first", False)),
+    (nn.Conv2d(4, 3, 2), (4, 5, 5), ("channels first", True)),
+    (nn.ConvTranspose3d(4, 3, 2), (4, 2, 2, 2), ("channels first", True)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "call"), LAYOUTS, ids=lambda value: type(value).__name__)
+def test_a_direct_rule_decides_what_a_call_does(layer: nn.Module, shape: tuple[int, ...], call: tuple[str, bool]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    (true,) = torch.autograd.grad(layer(x).square().sum(), x)
+    expected = layer(x)
+    fahooks.convert(layer, Halved)
+    rule: Any = feedback_rules(layer)[""]
+    assert torch.equal(layer(x), expected)
+    layer(x.detach())
+    assert rule.calls == [call], "an input that asks for nothing is none of its business"
+    fresh = x.detach().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(layer(fresh).square().sum(), fresh)[0], true / 2)
+
+
+def test_a_direct_rule_that_does_nothing_says_what_is_missing() -> None:
+    layer = nn.Linear(2, 2)
+    fahooks.convert(layer, type("Idle", (DirectRule,), {}))
+    with pytest.raises(NotImplementedError, match=r"Idle must implement around\(call, input\)"):
+        layer(torch.ones(1, 2, requires_grad=True))
+
+
+def test_a_rule_that_draws_counts_its_draws() -> None:
+    rule, other = DrawingRule(), DrawingRule()
+    for drawing in (rule, other):
+        drawing.initialise(torch.ones(2, 2), fan_in=2, fan_out=2, generator=torch.Generator().manual_seed(5))
+    first, second = (torch.rand(3, generator=rule.next_generator(torch.device("cpu"))) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.rand(3, generator=other.next_generator(torch.device("cpu"))), first)
+    third = torch.rand(3, generator=rule.next_generator(torch.device("cpu")))
+    other.load_state_dict({"_extra_state": torch.tensor(2)})
+    assert torch.equal(torch.rand(3, generator=other.next_generator(torch.device("cpu"))), third)
+
+
+class Learner(LearningRule, FunctionRule):
+    """B = W, which is said to learn."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.clone)
+
+
+def test_a_rule_that_is_to_learn_warns_once_where_its_weight_is_trained_without() -> None:
+    rule, weight = Learner(), torch.ones(2, 2)
+    rule.label, rule.name = "learner", "fc"
+    for _ in range(2):
+        rule(weight)
+    weight.add_(1)
+    with pytest.warns(UserWarning, match="learner: fc is trained, and its B does not learn: call fahooks.attach"):
+        rule(weight)
+    weight.add_(1)
+    rule(weight)
+
+
+def test_a_rule_that_learns_does_not_warn() -> None:
+    rule, weight = Learner(), nn.Parameter(torch.ones(2, 2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    rule.attach(weight, optimizer)
+    for _ in range(3):
+        assert torch.equal(rule(weight), weight)
+        with torch.no_grad():
+            weight.add_(1)
+    twin = copy.deepcopy(rule)
+    assert rule.attached and not twin.attached, "a copy is attached to no optimizer"
+    rule.detach(weight, optimizer)
+    assert not rule.attached
+
+
+def test_a_rule_that_learns_is_refused_where_the_weight_is_computed_in_the_layer() -> None:
+    class Standardised(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.linear(input, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+    net = nn.Sequential(nn.Linear(2, 3), Standardised(3, 2))
+    fahooks.convert(net, "kp")
+    x = torch.ones(4, 2)
+    net(x).sum().backward()
+    fahooks.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(
+        plugins.InputError, match="kp: '1' computes its weight from its parameter.*: give this layer another rule"
+    ):
+        net(x).sum().backward()
+
+
+def test_rules_say_what_their_user_should_know() -> None:
+    report = fahooks.convert(model(), {"0": "kp", "1": "dense_fa", "3": "dfa"})
+    assert [note.partition(":")[0] for note in report.notes] == ["kp", "dense_fa", "dfa"]
+    assert "kp: B learns at optimizer steps, once fahooks.attach(model, optimizer) was called" in str(report)
+    assert fahooks.convert(model(), "fa").notes == []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 import fahooks
 from fahooks.plugins import InputError
@@ -62,8 +62,9 @@ def test_the_difference_shrinks_by_weight_decay_alone():
         lambda p: Adam(p, lr=0.005, weight_decay=0.05),
         lambda p: AdamW(p, lr=0.01, weight_decay=0.5, foreach=True),
         lambda p: Adam(p, lr=0.005, weight_decay=0.05, fused=True),
+        lambda p: Adagrad(p, lr=0.15, weight_decay=0.15),
     ],
-    ids=["sgd", "momentum", "adam", "adamw", "fused"],
+    ids=["sgd", "momentum", "adam", "adamw", "fused", "adagrad"],
 )
 def test_the_angle_falls_below_ten_degrees(make: Callable[[Any], Optimizer]):
     model = net()
@@ -95,6 +96,21 @@ def test_each_b_follows_the_learning_rate_of_its_weight():
     train(model, optimizer, 3)
     moved = [not torch.equal(b, old) for (_, b), old in zip(pairs(model), before, strict=True)]
     assert moved == [False, True, True]
+
+
+def test_b_follows_the_schedule_of_the_learning_rate():
+    model = net()
+    fahooks.convert(model, "kp")
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.02)
+    fahooks.attach(model, optimizer)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    before = [(w - b).clone() for w, b in pairs(model)]
+    factor = 1.0
+    for step in range(4):
+        train(model, optimizer, 1)
+        schedule.step()
+        factor *= 1 - 0.1 * 0.5**step * 0.02
+    torch.testing.assert_close([w - b for w, b in pairs(model)], [factor * old for old in before], rtol=1e-10, atol=1e-12)
 
 
 def test_a_resumed_training_ends_with_the_same_bits():

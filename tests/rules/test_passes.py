@@ -96,7 +96,7 @@ def test_injection_sends_of_the_error_and_lets_the_error_pass() -> None:
     assert torch.equal(output, carrier)
     error = torch.randn(3, 2)
     output.backward(error)
-    assert torch.equal(carrier.grad, error) and torch.equal(sent[0], error)
+    assert carrier.grad is not None and torch.equal(carrier.grad, error) and torch.equal(sent[0], error)
     torch.testing.assert_close(target.grad, torch.arange(5) * error.sum())
 
 
@@ -139,7 +139,7 @@ def gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in net.named_parameters() if parameter.grad is not None}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(found: dict[str, Any], expected: dict[str, Tensor]) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -149,7 +149,9 @@ X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("rule", ["dfa", "dense_fa"])
 def test_a_layer_called_by_itself_is_refused_with_what_to_do(rule: str) -> None:
     net = converted(rule)
-    message = f"{rule}: layer 'last' was called outside of the forward pass of the model .*: call that model, or convert the module"
+    message = (
+        f"{rule}: layer 'last' was called outside of the forward pass of the model .*: call that model, or convert the module"
+    )
     with pytest.raises(InputError, match=message):
         net.last(torch.ones(2, 5, requires_grad=True))
     net(X)
@@ -197,6 +199,20 @@ def test_the_batch_is_that_of_the_first_tensor_also_by_keyword() -> None:
     assert_same({name: parameter.grad for name, parameter in net.named_parameters()}, expected)
 
 
+def test_a_number_beside_the_batch_is_not_the_batch() -> None:
+    class Timed(Net):
+        def forward(self, time: Tensor, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(x) * time
+
+    torch.manual_seed(0)
+    net = Timed()
+    fahooks.convert(net, "dfa")
+    whole, parts = net(torch.tensor(2.0), X), [net(torch.tensor(2.0), sample) for sample in X.split(1)]
+    found = torch.autograd.grad(whole.square().sum(), net.first.weight)
+    expected = torch.autograd.grad(torch.cat(parts).square().sum(), net.first.weight)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_model_of_indices_is_a_batch_of_samples() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -207,11 +223,9 @@ def test_a_model_of_indices_is_a_batch_of_samples() -> None:
 
 
 def test_an_output_without_the_batch_is_refused() -> None:
-    net = converted()
-    net.register_forward_hook(lambda module, args, output: None)
-    whole = nn.Sequential(net, nn.Flatten(0))
+    whole = nn.Sequential(Net(), nn.Flatten(0))
     fahooks.convert(whole, "dfa")
-    with pytest.raises(InputError, match=r"output has shape \(18,\), for a batch of 6: its first dimension must be that of the batch"):
+    with pytest.raises(InputError, match=r"output has shape \(18,\), for a batch of 6: its first dimension must"):
         whole(X).sum().backward()
 
 
@@ -283,7 +297,7 @@ def test_a_rule_of_ones_own_gets_the_passes_of_its_model() -> None:
 
 def labels_of(net: nn.Module) -> Tensor | None:
     (passes,) = passes_of(net)
-    return passes.targets
+    return None if passes.targets is None else passes.targets.labels
 
 
 def test_targets_nest_and_are_restored_when_the_body_raises() -> None:
@@ -296,6 +310,13 @@ def test_targets_nest_and_are_restored_when_the_body_raises() -> None:
             raise KeyError
         assert labels_of(net) is outer
     assert labels_of(net) is None
+
+
+def test_targets_that_are_no_tensor_are_refused() -> None:
+    labels: Any = [0, 1]
+    with pytest.raises(InputError, match="targets must be a tensor of class indices or values, got a list"):
+        with fahooks.targets(converted("drtp"), labels):
+            raise RuntimeError("the body ran")
 
 
 def test_targets_of_other_models_are_no_matter() -> None:
@@ -331,3 +352,23 @@ def test_a_copy_watches_its_own_passes() -> None:
     fahooks.revert(twin)
     assert not passes_of(twin) and passes_of(net)
     gradients(net, X)
+
+
+def test_a_layer_whose_input_has_not_the_batch_is_refused_by_name() -> None:
+    class Table(nn.Module):
+        """Adds a bias that is made of coordinates, as relative positions are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 3))
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.bias(torch.ones(5, 2)).sum(0)
+
+    net = Table()
+    fahooks.convert(net, "dfa")
+    with pytest.raises(InputError, match=r"dfa: at 'bias.1', a tensor of shape \(5, 4\) can not be divided .*exclude="):
+        net(X)
+    fahooks.convert(net, "dfa", exclude="bias")
+    assert gradients(net, X).keys() == dict(net.named_parameters()).keys()

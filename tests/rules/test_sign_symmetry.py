@@ -10,7 +10,7 @@ from torch.nn.grad import conv2d_input
 
 import fahooks
 from fahooks.plugins import InputError
-from fahooks.rules import SignSymmetry, SignSymmetryInit, SignSymmetryNormalized
+from fahooks.rules import SignSymmetry, SignSymmetryInit, SignSymmetryNormalized, SignSymmetryRandomMagnitude
 from fahooks.surgery import feedback_rules
 
 N_OUT = 6 * 2 * 3
@@ -21,10 +21,10 @@ def conv() -> nn.Conv2d:
     return nn.Conv2d(4, 12, (2, 3), groups=2).double()
 
 
-def drawn() -> Tensor:
+def drawn(**options: Any) -> Tensor:
     """B_0, as `fa` draws it for the same layer."""
     layer = conv()
-    fahooks.convert(layer, "fa")
+    fahooks.convert(layer, "fa", **options)
     return feedback_rules(layer)[""].get_buffer("matrix")
 
 
@@ -42,6 +42,8 @@ RULES: list[tuple[str, dict[str, Any], Callable[[Tensor], Tensor]]] = [
     ("usf", {"scale": 0.25}, lambda weight: weight.sign() / 4),
     ("usf_init", {}, lambda weight: drawn().abs() * weight.sign()),
     ("usf_init", {"gain": 2.0}, lambda weight: 2 * drawn().abs() * weight.sign()),
+    ("frsf", {}, lambda weight: drawn(distribution="uniform").abs() * weight.sign()),
+    ("frsf", {"init": "fan_in"}, lambda weight: drawn(distribution="uniform", init="fan_in").abs() * weight.sign()),
     ("usf_sn", {}, normalised),
 ]
 
@@ -122,3 +124,77 @@ def test_rules_print_their_options() -> None:
     assert "SignSymmetry(scale=0.25)" in repr(layer)
     assert repr(SignSymmetryInit(init="glorot")) == "SignSymmetryInit(init='glorot', distribution='normal', gain=1.0)"
     assert repr(SignSymmetryNormalized()) == "SignSymmetryNormalized()"
+
+
+def asked(rule: str, times: int, **options: Any) -> tuple[SignSymmetryRandomMagnitude, list[Tensor]]:
+    """A rule with a large weight of mixed signs, and the B of some backward passes."""
+    layer = nn.Linear(60, 50)
+    fahooks.convert(layer, rule, **options)
+    served: Any = feedback_rules(layer)[""]
+    delta = torch.eye(50)
+    matrices = []
+    for _ in range(times):
+        x = torch.randn(50, 60, requires_grad=True)
+        matrices.append(torch.autograd.grad(layer(x), x, delta)[0])
+        assert torch.equal(matrices[-1].sign(), layer.weight.sign())
+    return served, matrices
+
+
+def test_batchwise_magnitudes_are_drawn_at_every_backward_pass_and_fixed_ones_once() -> None:
+    _, (first, second) = asked("brsf", 2)
+    assert not torch.equal(first.abs(), second.abs())
+    _, (first, second) = asked("frsf", 2)
+    assert torch.equal(first.abs(), second.abs())
+
+
+@pytest.mark.parametrize(
+    ("options", "variance", "kurtosis"),
+    [({}, 1 / 50, 1.8), ({"init": "fan_in"}, 1 / 60, 1.8), ({"distribution": "normal", "gain": 2.0}, 4 / 50, 3.0)],
+    ids=["fan_out", "fan_in", "normal"],
+)
+@pytest.mark.parametrize("rule", ["brsf", "frsf"])
+def test_random_magnitudes_have_the_variance_of_the_connections(
+    rule: str, options: dict[str, Any], variance: float, kurtosis: float
+) -> None:
+    sample = asked(rule, 1, **options)[1][0].double()
+    moments = sample.square().mean().item(), (sample**4).mean().item()
+    assert abs(moments[0] / variance - 1) < 5 * ((kurtosis - 1) / sample.numel()) ** 0.5
+    assert moments[1] / moments[0] ** 2 == pytest.approx(kurtosis, rel=0.1)
+
+
+def test_batchwise_magnitudes_go_on_from_a_checkpoint_and_leave_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    weight = torch.ones(4, 3)
+    (source, _), (target, _), (fresh, _) = (asked("brsf", times) for times in (3, 0, 0))
+    torch.set_rng_state(before)
+    target.load_state_dict(source.state_dict(), strict=True)
+    fourth, fifth = source(weight), source(weight)
+    assert torch.equal(target(weight), fourth) and torch.equal(target(weight), fifth)
+    assert not torch.equal(fresh(weight), fourth), "control: every draw is the same"
+    assert torch.equal(torch.get_rng_state(), before)
+    (other, _) = asked("brsf", 3, seed=1)
+    assert not torch.equal(other(weight), fourth)
+
+
+def test_batchwise_magnitudes_add_no_parameters_worth_to_a_checkpoint() -> None:
+    layer = conv()
+    assert fahooks.convert(layer, "brsf").memory_bytes == 0
+    assert sum(value.numel() for key, value in layer.state_dict().items() if key.startswith("feedback")) == 1
+    layer.load_state_dict(conv().state_dict(), strict=True)
+
+
+def test_a_zero_weight_sends_no_error_batchwise_either() -> None:
+    layer = conv()
+    fahooks.convert(layer, "brsf")
+    weight = layer.weight.detach().clone()
+    weight[0] = 0
+    matrix = feedback_rules(layer)[""](weight)
+    assert not matrix[0].any() and matrix[1:].all()
+    assert matrix.dtype == weight.dtype
+
+
+@pytest.mark.parametrize("rule", ["brsf", "frsf"])
+@pytest.mark.parametrize("options", [{"gain": 0}, {"init": "x"}, {"distribution": "x"}], ids=str)
+def test_wrong_options_of_random_magnitudes_are_refused(rule: str, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(options))} must be"):
+        fahooks.convert(nn.Linear(2, 2), rule, **options)

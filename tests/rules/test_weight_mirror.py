@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 each_layer = pytest.mark.parametrize("name", LAYERS)
 
 
-def mirrored(name: str, steps: int, **options: float) -> tuple[Tensor, Tensor]:
+def mirrored(name: str, steps: int, **options: Any) -> tuple[Tensor, Tensor]:
     """W and B after some steps of training towards zero."""
     layer, shape = LAYERS[name]
     torch.manual_seed(0)
@@ -60,16 +62,17 @@ def test_the_noise_is_a_function_of_the_seed_and_of_the_step():
     first, again = mirrored("linear", 3)[1], mirrored("linear", 3)[1]
     assert torch.equal(first, again)
     layer, other = nn.Linear(30, 20), nn.Linear(30, 20)
+    weight = nn.Parameter(layer.weight.detach())
     fahooks.convert(layer, "wm")
     fahooks.convert(other, "wm")
     state = torch.get_rng_state()
     rule = feedback_rules(layer)[""]
-    rule.after_step(layer.weight)
+    rule.after_step(weight)
     saved = {key: value.clone() for key, value in rule.state_dict().items()}
-    rule.after_step(layer.weight)
+    rule.after_step(weight)
     resumed = feedback_rules(other)[""]
     resumed.load_state_dict(saved)
-    resumed.after_step(layer.weight)
+    resumed.after_step(weight)
     assert torch.equal(resumed.get_buffer("matrix"), rule.get_buffer("matrix"))
     assert not torch.equal(resumed.get_buffer("matrix"), saved["matrix"])
     assert torch.equal(torch.get_rng_state(), state), "the global generator is not touched"
