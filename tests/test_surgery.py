@@ -432,6 +432,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 each_copy = pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 
 
+@pytest.mark.filterwarnings("ignore:.* its B does not learn")
 @each_rule
 @each_copy
 def test_copies_learn_alike_and_apart(learn: Learn, duplicate: Callable[[nn.Module], nn.Module], rule: str) -> None:

@@ -172,6 +172,62 @@ def test_conversion_is_exact(spec: str, side: int, options: dict[str, Any]) -> N
         assert distance(found, true) > 1e-2, "control: the rule sends what backpropagation sends"
 
 
+@pytest.mark.parametrize(
+    ("spec", "side", "options"),
+    [
+        ("timm.models:test_byobnet", 32, {}),
+        ("timm.models:test_vit4", 32, {"img_size": 32}),
+        ("timm.models:resnet18", 32, {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)}),
+        (
+            "timm.models:swin_tiny_patch4_window7_224",
+            56,
+            {"img_size": 56, "depths": (1, 1), "embed_dim": 24, "num_heads": (2, 4)},
+        ),
+        ("torchvision.models:mobilenet_v2", 32, {"width_mult": 0.25}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_direct_feedback_is_exact(spec: str, side: int, options: dict[str, Any]) -> None:
+    plain = make(spec, options)
+    images = torch.randn(2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected_outputs, true = learn(copy.deepcopy(plain), images)
+    converted = copy.deepcopy(plain)
+    fahooks.convert(converted, "dfa", feedback="channel")
+    found_outputs, found = learn(converted, images)
+    assert_same_bits(found_outputs, expected_outputs)
+    assert found.keys() == true.keys()
+    findings = fahooks.audit(copy.deepcopy(converted), images)
+    assert findings.clean, str(findings)
+    rules: Any = feedback_rules(converted)
+    matrices = {name: rule.matrix.values.double() for name, rule in rules.items()}
+    assert_same_gradients(found, learn_directly(plain, images, matrices))
+    assert distance(found, true) > 1e-2, "control: the rule sends what backpropagation sends"
+
+
+def learn_directly(model: nn.Module, images: Tensor, matrices: dict[str, Tensor]) -> Gradients:
+    """The gradients of `learn`, in plain autograd: layers read copies of their inputs, which get B e, B [channels, outputs]."""
+    inputs: list[tuple[Tensor, nn.Module, Tensor]] = []
+    for name, matrix in matrices.items():
+
+        def cut(module: nn.Module, args: tuple[Tensor], matrix: Tensor = matrix) -> Tensor:
+            inputs.append((args[0], module, matrix))
+            return args[0].detach()
+
+        model.get_submodule(name).register_forward_pre_hook(cut)
+    torch.manual_seed(2)
+    images = images.clone().requires_grad_()
+    (output,) = outputs(model.train(), images)
+    error = torch.linspace(-1, 1, output.numel()).view_as(output).double()
+    total = (output * error).sum()
+    for x, module, matrix in inputs:
+        signal = (error @ matrix.t()).repeat_interleave(len(x) // len(error), 0)
+        place = -1 if isinstance(module, nn.Linear) else 1
+        total = total + (x.movedim(place, 1).flatten(2).sum(2) if x.dim() > 2 else x).mul(signal).sum()
+    total.backward()
+    leaves = {"images": images, **dict(model.named_parameters())}
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
 def make(spec: str, options: dict[str, Any]) -> nn.Module:
     """The model in float64; what starts as a constant (zero residual branches, layer scale) gets noise, to carry error."""
     torch.manual_seed(0)
