@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from fahooks import functional
 from fahooks.observation import as_found, edges, inputs_first, tensors, with_gradient
 from fahooks.plugins import InputError
-from fahooks.rules.passes import _Injection, is_marked
+from fahooks.rules.passes import Injection, is_marked
 from fahooks.surgery import feedback_rules, lineage
 from fahooks.surgery.layer import rule_of
 
@@ -148,7 +148,7 @@ def _findings(graph: _Graph, model: nn.Module, ignored: Sequence[str]) -> Findin
         weight = graph.weight(node)
         if _is_core(node):
             served.add(id(rule_of(node.feedback)))  # pyright: ignore[reportAttributeAccessIssue]
-        elif _is(node, _Injection):
+        elif _is(node, Injection):
             served.add(id(node.rule))  # pyright: ignore[reportAttributeAccessIssue]
         elif weight and len(graph.operands(node)) == 1:
             constant |= weight
@@ -188,7 +188,7 @@ class _Graph:
         variable = getattr(node, "variable", None)
         if variable is not None:
             return self.names.get(id(variable))
-        if _is_core(node) or _is(node, _Injection) or _operation(node) in LOOK_UPS or is_marked(node):
+        if _is_core(node) or _is(node, Injection) or _operation(node) in LOOK_UPS or is_marked(node):
             return None
         parts = [self.made_of[edge] for edge in edges(node)]
         return None if None in parts else frozenset().union(*(part for part in parts if part))
@@ -200,7 +200,7 @@ class _Graph:
     def _error_edges(self, node: Node) -> list[Node]:
         if _is_core(node):
             return edges(node, slice(0, 1)) + edges(node, slice(2, None))
-        if _is(node, _Injection):
+        if _is(node, Injection):
             return edges(node)
         weights = [operand for operand in self.operands(node) if self.made_of[operand]]
         return [edge for edge in edges(node) if edge not in weights]

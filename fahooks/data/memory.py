@@ -10,7 +10,7 @@ from torch import Tensor
 from fahooks.data.augmentation import Augment
 from fahooks.data.datasets import Images
 from fahooks.data.order import Batch, epoch_order
-from fahooks.plugins import loaders
+from fahooks.plugins import InputError, loaders
 
 
 @loaders.register("memory")
@@ -26,6 +26,9 @@ class MemoryLoader:
         augment: what is done to the images; nothing by default.
         device: where the batches are.
         channels_last: give images in that memory format.
+
+    Raises:
+        InputError: the device has no room for the images.
     """
 
     def __init__(
@@ -40,7 +43,11 @@ class MemoryLoader:
         channels_last: bool = False,
         augment: Augment | None = None,
     ) -> None:
-        self.pixels = images.pixels.to(device)
+        try:
+            self.pixels = images.pixels.to(device)
+        except torch.OutOfMemoryError as error:
+            what = f"{len(images):,} images take {images.pixels.nbytes / 2**30:.1f} GiB, which {device} does not have free"
+            raise InputError(f"{what}: use fewer with data.limit, or train.device=cpu") from error
         self.labels = images.labels.to(device)
         self.batch_size = batch_size
         self.mean = mean.to(device).view(-1, 1, 1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
-from weakref import WeakSet
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -25,7 +26,8 @@ HookLike: TypeAlias = str | type[Hook] | Hook | Mapping[str, Any]
 
 COMPUTED = "is computed from other parameters (a parametrization or pruning)"
 
-_attached: WeakSet[nn.Module] = WeakSet()
+_attached: WeakKeyDictionary[nn.Module, ReferenceType[Attachment]] = WeakKeyDictionary()
+"""The attachment of each hook and rule that is at work. It lives as long as its optimizer does."""
 
 
 class Attachment:
@@ -54,7 +56,7 @@ class Attachment:
         for rule, weight in self.rules.values():
             rule.attach(weight, optimizer)
         self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
-        _attached.update(self._parts())
+        _attached.update(dict.fromkeys(self._parts(), ref(self)))
 
     def remove(self) -> None:
         """Take all of it off the optimizer, which then steps as it did before `attach`; weights stay as they are."""
@@ -65,7 +67,8 @@ class Attachment:
         self._handles = []
         for rule, weight in self.rules.values():
             rule.detach(weight, self._optimizer)
-        _attached.difference_update(self._parts())
+        for part in self._parts():
+            _attached.pop(part, None)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps and the state of every hook, in order; that of rules is the model's and the optimizer's."""
@@ -145,6 +148,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *hooks: HookLike, total_steps
     Weights are changed in place and keep their identity. Any `torch.optim` optimizer will do, fused ones, closures and
     GradScalers included: a step that a scaler skips runs no hook. Only weights that this optimizer updates are acted on.
     Layers whose weight is computed from other parameters (weight_norm and other parametrizations, pruning) are left out.
+    Load a checkpoint of the optimizer after attaching, since `kp` gives it parameters.
 
     Arguments:
         model: converted beforehand, if at all.
@@ -175,12 +179,29 @@ def attach(model: nn.Module, optimizer: Optimizer, *hooks: HookLike, total_steps
     _check_free([*made, *(rule for rule, _ in rules.values())])
     chosen = [(hook, _chosen_sites(hook, sites, updated)) for hook in made]
     parts = [(hook, {name: _parameter(site) for name, site in places.items()}) for hook, places in chosen]
-    with torch.no_grad():
-        for (hook, weights), (_, places) in zip(parts, chosen, strict=True):
-            hook.steps = 0
-            generator_for = partial(_generator, seed, _label(hook))
-            hook.initialise(weights, sites=places, total_steps=total_steps, generator_for=generator_for)
+    _initialise(parts, [places for _, places in chosen], total_steps, seed)
     return Attachment(optimizer, parts, rules)
+
+
+@torch.no_grad()
+def _initialise(
+    parts: Sequence[tuple[Hook, Mapping[str, nn.Parameter]]],
+    places: Sequence[Mapping[str, Site]],
+    total_steps: int | None,
+    seed: int,
+) -> None:
+    """Let every hook make its state; where one of them can not, weights are as before."""
+    before = {weight: weight.clone() for _, weights in parts for weight in weights.values()}
+    try:
+        for (hook, weights), sites in zip(parts, places, strict=True):
+            hook.steps = 0
+            hook.forget()
+            generator_for = partial(_generator, seed, _label(hook))
+            hook.initialise(weights, sites=sites, total_steps=total_steps, generator_for=generator_for)
+    except BaseException:
+        for weight, value in before.items():
+            weight.copy_(value)
+        raise
 
 
 def _check_free(parts: Sequence[nn.Module]) -> None:
@@ -190,9 +211,15 @@ def _check_free(parts: Sequence[nn.Module]) -> None:
         InputError: it is there twice, or attached already.
     """
     for part in parts:
-        if part in _attached or sum(part is other for other in parts) > 1:
+        if _is_attached(part) or sum(part is other for other in parts) > 1:
             what = f"this {type(part).__name__} is attached already"
             raise InputError(f"{what}: remove() its handle, or give all hooks in one call")
+
+
+def _is_attached(part: nn.Module) -> bool:
+    if part in _attached and _attached[part]() is not None:
+        gc.collect()  # an optimizer that nobody holds any more takes its attachment with it
+    return part in _attached and _attached[part]() is not None
 
 
 def _make(hook: HookLike) -> Hook:

@@ -98,6 +98,11 @@ class Hook(nn.Module):
         """The tensor that `remember` keeps for the weight called `name`."""
         return self.get_buffer(_key(name))
 
+    def forget(self) -> None:
+        """Let go of all that `remember` keeps."""
+        for key in [key for key in self._buffers if key.startswith("/")]:
+            del self._buffers[key]
+
 
 def _key(name: str) -> str:
     # The leading slash keeps a layer called "match" from an attribute of that name, and gives a model of one layer a name.

@@ -18,7 +18,7 @@ from fahooks.rules.base import check_positive, weight_norm
 class ConstantNorm(Hook):
     """W <- norm(W_0) W / norm(W) after each step, a layer at a time, L2 norms (eq. 10).
 
-    A weight that is all zero stays so.
+    A weight that is all zero stays so. Weights are rounded to their dtype, and in bfloat16 so is the norm that they have.
 
     Arguments:
         time_constant: None, or a number of steps T: the norm n then relaxes towards that of the start,

@@ -129,6 +129,10 @@ class LearningRule(Rule):
                 "learn beside another weight than it serves: give this layer another rule"
             )
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.seen = None  # weights that were loaded were not trained here
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy is attached to no optimizer.
         return {**self.__dict__, "attached": False, "learned": ()}

@@ -49,13 +49,15 @@ class FromOutput(RandomDirectRule):
 
     @property
     def note(self) -> str:
-        """What a residual path does, and when B is drawn."""
+        """What a residual path does, and when B takes memory."""
         path = (
             "a block gets the error that is sent to its output and no other, also where a residual path passes it by"
             if self.at
             else "a residual path around a layer carries the errors sent to later layers down to its input, beside its own"
         )
-        return f"{path}; B is drawn, and takes memory, in the first backward pass"
+        return (
+            path if self.options["feedback"] == "seeded" else f"{path}; B is drawn, and takes memory, in the first backward pass"
+        )
 
     def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
         """Note what B is drawn from, once sizes are known."""
@@ -210,7 +212,6 @@ class DenseFeedbackAlignment(RandomDirectRule):
         InputError: an option has no such value.
     """
 
-    note = "the R_k are drawn in the first backward pass"
     matrix: Tensor
 
     def __init__(
@@ -225,6 +226,11 @@ class DenseFeedbackAlignment(RandomDirectRule):
         super().__init__(feedback=feedback, init=init, distribution=distribution, gain=gain)
         self.sign_concordant = sign_concordant
         self.residual = nn.ModuleDict()
+
+    @property
+    def note(self) -> str:
+        """When the R_k take memory."""
+        return "" if self.options["feedback"] == "seeded" else "the R_k are drawn, and take memory, in the first backward pass"
 
     def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
         """Draw B, and note what the R_k are drawn from."""

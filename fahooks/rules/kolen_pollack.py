@@ -56,8 +56,9 @@ class KolenPollack(LearningRule, FeedbackAlignment):
     def detach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
         """Take B, and what the optimizer keeps of it, out again."""
         super().detach(weight, optimizer)
-        group = _group(weight, optimizer)
-        group["params"] = [parameter for parameter in group["params"] if parameter is not self.updated]
+        parameters = _group(weight, optimizer)["params"]
+        # In place: some optimizers hold on to the list itself.
+        parameters[:] = [parameter for parameter in parameters if parameter is not self.updated]
         optimizer.state.pop(self.updated, None)
 
 

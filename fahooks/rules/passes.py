@@ -210,7 +210,7 @@ def inject(carrier: Tensor, target: Tensor, send: Callable[[Tensor], Tensor], ru
         send: maps the error, of the carrier's shape, to a signal of the target's.
         rule: whose edge it is.
     """
-    return _Injection.apply(carrier, target, send, rule)
+    return Injection.apply(carrier, target, send, rule)
 
 
 MARK = "fahooks: a signal"
@@ -251,7 +251,9 @@ def copy_without_edge(tensor: Tensor) -> Tensor:
     return copy.requires_grad_().clone() if _inspected() else copy
 
 
-class _Injection(torch.autograd.Function):
+class Injection(torch.autograd.Function):
+    """The carrier itself, with the edge of `inject`."""
+
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, target: Tensor, send: Callable[[Tensor], Tensor], rule: DirectRule) -> Tensor:
         ctx.send, ctx.rule, ctx.shape, ctx.dtype = send, rule, target.shape, target.dtype

@@ -34,18 +34,20 @@ def start(name: str, overrides: Sequence[str] = (), out: Path | None = None) -> 
     source = find(name)
     setup = prepare(load(source, overrides))
     run = RunDirectory.create(setup.recipe, source, out=out, overrides=overrides, choices=setup.choices)
-    return final_line(setup.recipe, carry_out(setup, run, resumed=False), run)
+    with run.alone():
+        return final_line(setup.recipe, carry_out(setup, run, resumed=False), run)
 
 
 def resume(path: Path) -> str:
     """Go on with the run in `path` after its last finished epoch, and return the final line.
 
     Raises:
-        InputError: there is no run to go on with.
+        InputError: there is no run to go on with, or another process is at it.
         KeyboardInterrupt: the user stopped it; the message says how to go on.
     """
     run, recipe = RunDirectory.reopen(path)
-    return final_line(recipe, carry_out(prepare(recipe), run, resumed=True), run)
+    with run.alone():
+        return final_line(recipe, carry_out(prepare(recipe), run, resumed=True), run)
 
 
 def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
@@ -76,7 +78,8 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
         setup = prepare(recipe)
         changed = (*overrides, *_quickstart_overrides(rule))
         run = RunDirectory.create(setup.recipe, source, out=folder / rule, overrides=changed, choices=setup.choices)
-        carry_out(setup, run, resumed=False)
+        with run.alone():
+            carry_out(setup, run, resumed=False)
     return folder
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,13 @@ from fahooks.recipe.tree import ABSENT, Key, Tree, dotted, shown
 from fahooks.report import table1
 from fahooks.training.commands import carry_out, final_line
 from fahooks.training.loop import Diverged
-from fahooks.training.run_directory import RunDirectory
+from fahooks.training.run_directory import LOCK, RunDirectory, held
 from fahooks.training.setup import Setup, prepare, resolve
 
 OUT = Path("runs/table1")
 
 # What a directory holds that was made, and left before resolved.yaml was there.
-BARELY_BEGUN = {"recipe.yaml", "recipe.yaml.partial", "resolved.yaml.partial"}
+BARELY_BEGUN = {LOCK, "recipe.yaml", "recipe.yaml.partial", "resolved.yaml.partial"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,8 @@ def write_table(out: Path = OUT) -> list[table1.Cell]:
         InputError: a run directory is damaged.
     """
     # Held from the reading on, so that of several processes the last one to write has read all that the others finished.
-    with _held(out / ".table1.lock", wait=True):
+    out.mkdir(parents=True, exist_ok=True)
+    with held(out / ".table1.lock", wait=True):
         cells = table1.read(out)
         if cells:
             table1.write(out, cells, command(cells, out))
@@ -290,8 +289,9 @@ def _said(leaves: Mapping[Key, Any], key: Key) -> str:
 def _train(run: Wanted, console: Console, number: str) -> str:
     """Train a run, from its beginning or its last finished epoch; a line about it if its loss diverged."""
     name = f"{run.recipe.name}, seed {run.recipe.seed}"
-    with _held(run.path.with_name(f".{run.path.name}.lock")) as held:
-        if not held or run.finished:
+    run.path.mkdir(parents=True, exist_ok=True)
+    with held(run.run.lock) as mine:
+        if not mine or run.finished:
             _print(console, f"{number}: {name}: another process has it")
             return ""
         _print(console, f"{number}: {name}: {'goes on' if run.begun else 'begins'}")
@@ -308,23 +308,10 @@ def _train(run: Wanted, console: Console, number: str) -> str:
 
 
 def _created(run: Wanted, setup: Setup) -> RunDirectory:
-    for name in BARELY_BEGUN:
+    for name in BARELY_BEGUN - {LOCK}:
         (run.path / name).unlink(missing_ok=True)
     source = find(run.recipe.name)
     return RunDirectory.create(setup.recipe, source, out=run.path, overrides=run.overrides, choices=setup.choices)
-
-
-@contextmanager
-def _held(lock: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold `lock` during the block; False if another process has it, which `wait` waits for."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except BlockingIOError:
-            held = False
-        yield held
 
 
 def _print(console: Console, line: str) -> None:

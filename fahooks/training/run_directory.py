@@ -1,19 +1,22 @@
 """The run directory: what a run leaves on disk, enough to re-run, resume and report it.
 
 recipe.yaml as given, resolved.yaml with every default, env.json, layers.json (the conversion report), metrics.jsonl, summary.csv
-(a row an epoch), tb/ for TensorBoard, checkpoint.pt, best.safetensors, status.json, and once it is finished plots.png.
+(a row an epoch), tb/ for TensorBoard, checkpoint.pt, best.safetensors, status.json, and once it is finished plots.png; and .lock,
+which the process that trains holds.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, Source, load
 
 LOSSES = ["train_loss", "train_error", "validation_loss", "validation_error", "test_error"]
+LOCK = ".lock"
 COLUMNS = ["epoch", "step", "lr", *LOSSES, "images_per_second", "seconds"]
 
 
@@ -41,6 +45,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tb"
         self.plots = path / "plots.png"
+        self.lock = path / LOCK
 
     @classmethod
     def create(
@@ -84,6 +89,20 @@ class RunDirectory:
         if run.read_status().get("state") == "finished":
             raise InputError(f"the run in {str(path)!r} is finished: there is nothing to resume")
         return run, load(Source(str(resolved), resolved.read_text(encoding="utf-8"), path))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from training in this directory during the block.
+
+        Raises:
+            InputError: another process trains in it, or it can not be written.
+        """
+        if not os.access(self.path, os.W_OK):
+            raise InputError(f"{str(self.path)!r} is not writable")
+        with held(self.lock) as mine:
+            if not mine:
+                raise InputError(f"another process is training in {str(self.path)!r}: wait for it, or stop it")
+            yield
 
     def write(self, name: str, text: str) -> None:
         """Write a file atomically: a reader, or a crash, sees the old one or the new one."""
@@ -136,6 +155,21 @@ class RunDirectory:
         return [json.loads(line) for line in lines[:-1]]
 
 
+@contextmanager
+def held(lock: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold the file `lock` during the block; False if another process has it, which `wait` waits for.
+
+    It is let go when the block, or the process, ends in whatever way; the file stays.
+    """
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
+
+
 def fresh_directory(out: Path | None, name: str) -> Path:
     """Make the folder `out`, new or empty, or where it is None runs/<name>-<n> with the first n that is free.
 
@@ -167,7 +201,7 @@ def _claimed(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
         raise InputError(f"--out {str(path)!r} is not writable")
-    if any(path.iterdir()):
+    if any(file.name != LOCK for file in path.iterdir()):
         raise InputError(f"--out {str(path)!r} is not empty: name a new folder, or go on with `fahooks train --resume {path}`")
     return path
 

@@ -20,6 +20,7 @@ from fahooks.observation import as_found
 from fahooks.plugins import InputError, augmentations, hooks, loaders, rules
 from fahooks.plugins import models as registered
 from fahooks.recipe import Recipe, left_out, with_defaults
+from fahooks.rules import targets
 from fahooks.surgery import Report, convert, feedback_rules
 from fahooks.training.optimizers import make_optimizer, make_schedule
 
@@ -148,13 +149,16 @@ def _try(model: nn.Module, name: str, batch: Batch, classes: int, autocast: torc
     """Run one batch through the model, which stays as it was.
 
     Raises:
-        InputError: the model does not run on these images, or does not give logits [N, classes].
+        InputError: the model does not run on these images, does not give logits [N, classes], or a rule has something against it.
     """
     shape = "x".join(map(str, batch.images.shape[1:]))
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with as_found(model), torch.no_grad(), autocast:
+        # With gradients: some rules look at the model's output only then.
+        with as_found(model), autocast, targets(model, batch.labels):
             logits = model.eval()(batch.images)
+    except InputError:
+        raise
     except Exception as error:  # a model is code of others: it may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(

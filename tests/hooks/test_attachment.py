@@ -347,6 +347,7 @@ def test_a_shared_weight_is_acted_on_once():
         ),
         ([Recorder(match=3)], "hook 'Recorder': match: expected a name pattern"),
         (2 * [fahooks.Manhattan()], "this Manhattan is attached already"),
+        ([fahooks.Dale(), fahooks.FreezeSigns(after=0.5)], "after=0.5 is a fraction of training: give attach total_steps"),
     ],
 )
 def test_what_can_not_be_attached_is_refused_and_leaves_nothing(hooks: list[Any], message: str, net: Net, learn: Learn):
@@ -381,6 +382,27 @@ def test_a_hook_is_attached_once_at_a_time(net: Net):
     fahooks.attach(model, optimizer, "manhattan").remove()
     handle.remove()
     fahooks.attach(model, optimizer, hook)
+
+
+def test_a_hook_is_free_again_with_the_optimizer_that_it_was_attached_to(net: Net, learn: Learn):
+    model = net("kp")
+    hook = fahooks.Manhattan()
+    optimizer = sgd(model)
+    fahooks.attach(model, optimizer, hook)
+    with pytest.raises(InputError, match="attached already"):
+        fahooks.attach(model, sgd(model), hook)
+    del optimizer
+    optimizer = sgd(model)
+    fahooks.attach(model, optimizer, hook)
+    learn(model, optimizer)
+
+
+def test_a_hook_that_goes_to_another_model_forgets_the_first(net: Net, learn: Learn):
+    first, second = net(), nn.Sequential(nn.Linear(5, 3))
+    hook = fahooks.ConstantNorm()
+    fahooks.attach(first, sgd(first), hook).remove()
+    handle = fahooks.attach(second, sgd(second), hook)
+    assert list(handle.state_dict()["hooks"][0]) == ["/0"]
 
 
 def test_rules_that_learn_take_part_in_every_step(net: Net, learn: Learn):

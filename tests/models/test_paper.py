@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -86,7 +87,9 @@ SIZES = {
 }
 
 
-def as_tabulated(name: str, model: nn.Module, x: Tensor, classes: int) -> tuple[Tensor, int]:
+def as_tabulated(
+    name: str, model: nn.Module, x: Tensor, classes: int, activation: Callable[[Tensor], Tensor] = F.relu
+) -> tuple[Tensor, int]:
     """Logits by the rows of the table with the parameters of `model`, and the side of the last map."""
     parameters = iter([(model.get_parameter(f"{n}.weight"), model.get_parameter(f"{n}.bias")) for n in LAYERS[name]])
     side = 0
@@ -98,12 +101,12 @@ def as_tabulated(name: str, model: nn.Module, x: Tensor, classes: int) -> tuple[
             weight, bias = next(parameters)
             assert weight.shape == (row.width or classes, x.shape[1], row.kernel, row.kernel)
             x = F.conv2d(x, weight, bias, stride=row.stride, padding=(row.kernel - 1) // 2)
-            x = x.relu() if row.relu else x
+            x = activation(x) if row.relu else x
         elif isinstance(row, Dense):
             weight, bias = next(parameters)
             x = F.linear(x.flatten(1), weight, bias)
             assert weight.shape[0] == (row.width or classes)
-            x = x.relu() if row.relu else x
+            x = activation(x) if row.relu else x
         else:
             x = F.max_pool2d(x, 2, 2) if row == POOL else x.mean((2, 3))
     assert next(parameters, None) is None
@@ -123,15 +126,18 @@ def test_networks_have_the_sizes_of_their_tables(name: str):
 
 
 @pytest.mark.parametrize(("name", "size"), list(zip(TABLES, (8, 9, 9, 19, 25), strict=True)))
-def test_networks_compute_what_their_tables_say(name: str, size: int):
+@pytest.mark.parametrize(("activation", "function"), [({}, F.relu), ({"activation": "tanh"}, torch.tanh)], ids=["relu", "tanh"])
+def test_networks_compute_what_their_tables_say(
+    name: str, size: int, activation: dict[str, str], function: Callable[[Tensor], Tensor]
+):
     torch.manual_seed(0)
-    model = models.build(name, image_size=size, classes=3, in_channels=2).double()
+    model = models.build(name, image_size=size, classes=3, in_channels=2, **activation).double()
     x = torch.randn(2, 2, size, size, dtype=torch.float64)
     for mode in (model.eval(), model.train()):
         torch.manual_seed(1)
         given = mode(x)
         torch.manual_seed(1)
-        expected, _ = as_tabulated(name, mode, x, classes=3)
+        expected, _ = as_tabulated(name, mode, x, 3, function)
         torch.testing.assert_close(given, expected)
     if any(isinstance(row, Drop) for row in TABLES[name]):
         assert not torch.allclose(model.train()(x), model.eval()(x)), "control: dropout has no effect"
@@ -147,6 +153,12 @@ def test_fan_in_initialisation_has_variance_one_over_n_in_and_zero_biases(name: 
         # The standard error of a variance estimated from n normal numbers is sqrt(2/n) of it.
         assert abs(weight.var().item() * n_in - 1) < 5 * math.sqrt(2 / weight.numel()), layer
         assert not model.get_parameter(f"{layer}.bias").any()
+
+
+@pytest.mark.parametrize(("option", "message"), [("init", "'fan_in' or 'default'"), ("activation", "'relu', 'tanh'")])
+def test_unknown_choices_are_refused(option: str, message: str):
+    with pytest.raises(InputError, match=f"{option} must be .*{message}, got 'elu'"):
+        models.build("paper/mnist", **{option: "elu"})
 
 
 def test_default_initialisation_is_torchs():

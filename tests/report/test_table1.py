@@ -102,7 +102,7 @@ def test_only_finished_runs_of_table_1_are_read(made: Made, tmp_path: Path):
     made("mnist/fa", "FA", (1.0, 1.0), recipe={"paper": None})
     made("mnist/dfa", "DFA", (1.0, 1.0), recipe={"paper": {"table": 2}})
     (tmp_path / "mnist" / "bp" / "seed-2").mkdir()
-    (tmp_path / "mnist" / "bp" / ".seed-2.lock").touch()
+    (tmp_path / "mnist" / "bp" / "seed-2" / ".lock").touch()
     (cell,) = table1.read(tmp_path)
     assert (cell.recipe, cell.seeds) == ("mnist/bp", (0,))
     assert table1.unfinished(tmp_path) == ["mnist/bp/seed-1 (running)", "mnist/bp/seed-2 (begun)"]

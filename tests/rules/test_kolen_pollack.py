@@ -136,11 +136,13 @@ def test_removed_it_leaves_the_optimizer_as_it_was():
     fahooks.convert(model, "kp")
     optimizer = Adam(model.parameters(), lr=0.01, weight_decay=0.05)
     before = [list(group["params"]) for group in optimizer.param_groups]
+    lists = [group["params"] for group in optimizer.param_groups]
     handle = fahooks.attach(model, optimizer)
     assert len(optimizer.param_groups[0]["params"]) == len(before[0]) + 3
     train(model, optimizer, 2)
     handle.remove()
     assert [list(map(id, group["params"])) for group in optimizer.param_groups] == [list(map(id, part)) for part in before]
+    assert all(group["params"] is same for group, same in zip(optimizer.param_groups, lists, strict=True)), "LBFGS keeps the list"
     assert len(optimizer.state) == len(before[0])
     with pytest.warns(UserWarning, match="is trained, and its B does not learn"):
         train(model, optimizer, 3)
@@ -153,6 +155,17 @@ def test_training_without_attach_warns_once_a_layer():
     with pytest.warns(UserWarning, match=r"call fahooks.attach\(model, optimizer\)") as warned:
         train(model, optimizer, 5)
     assert len(warned) == 2, "the first layer's input asks for no error, so that its B is never used"
+
+
+def test_weights_that_were_loaded_are_not_taken_for_trained():
+    model, other = net(), net()
+    fahooks.convert(model, "kp")
+    x = data()[0].requires_grad_()
+    model(x).sum().backward()
+    with torch.no_grad():
+        other.load_state_dict({name: 2 * value for name, value in other.state_dict().items()})
+    model.load_state_dict(other.state_dict())
+    model(x).sum().backward()
 
 
 def test_a_b_that_was_replaced_is_refused():

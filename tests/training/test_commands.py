@@ -43,12 +43,25 @@ def test_nothing_is_written_when_something_is_wrong_beforehand(in_tmp: Path):
         ("data.dataset=mnist", "data.download=false", f"data.root={in_tmp}"),
         ("seed=x",),
         ("model={name: torchvision/resnet18}",),
+        ("feedback=[{match: '*', rule: dfa, output: 1}]",),
     ):
         with pytest.raises(InputError):
             commands.start("quickstart", overrides)
     with pytest.raises(InputError):
         commands.quickstart(("data.validation=100000",))
     assert list(in_tmp.iterdir()) == []
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(in_tmp: Path):
+    commands.start("quickstart", SMALL, Path("a"))
+    run = RunDirectory(Path("a"))
+    run.status("interrupted")
+    before = run.metrics.read_bytes()
+    with run.alone(), pytest.raises(InputError, match="another process is training in 'a': wait for it, or stop it"):
+        commands.resume(Path("a"))
+    assert run.metrics.read_bytes() == before
+    commands.resume(Path("a"))
+    assert run.read_status()["state"] == "finished"
 
 
 def test_resolved_runs_again_to_the_same_result(in_tmp: Path):

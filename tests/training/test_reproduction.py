@@ -252,11 +252,12 @@ def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path):
 
 def test_a_run_that_another_process_has_is_left_to_it(out: Path, capsys: pytest.CaptureFixture[str]):
     shutil.rmtree(run_directory(out))
-    with (out / "mnist" / "fa" / ".seed-0.lock").open("w") as lock:
+    run_directory(out).mkdir()
+    with (run_directory(out) / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert again(out) == []
         assert "1 of 1: mnist/fa, seed 0: another process has it" in capsys.readouterr().out
-        assert not run_directory(out).exists()
+        assert [file.name for file in run_directory(out).iterdir()] == [".lock"]
     again(out)
     assert state(run_directory(out)) == "finished"
 
