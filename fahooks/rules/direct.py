@@ -55,9 +55,8 @@ class FromOutput(RandomDirectRule):
             if self.at
             else "a residual path around a layer carries the errors sent to later layers down to its input, beside its own"
         )
-        return (
-            path if self.options["feedback"] == "seeded" else f"{path}; B is drawn, and takes memory, in the first backward pass"
-        )
+        kept = "" if self.options["feedback"] == "seeded" else "; B is drawn, and takes memory, in the first backward pass"
+        return path + kept
 
     def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
         """Note what B is drawn from, once sizes are known."""

@@ -256,12 +256,14 @@ class Injection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, target: Tensor, send: Callable[[Tensor], Tensor], rule: DirectRule) -> Tensor:
+        """The carrier."""
         ctx.send, ctx.rule, ctx.shape, ctx.dtype = send, rule, target.shape, target.dtype
         return carrier.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
+        """The error for the carrier, and what was made of it for the target."""
         signal = ctx.send(error).reshape(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         return error, signal, None, None
 

@@ -120,7 +120,13 @@ def test_choices_and_defaults_are_written_into_the_recipe(tiny: Tiny, tmp_path: 
     resolved = resolve(recipe, digits)
     assert (recipe.data.loader, resolved.data.loader) == ("auto", "memory")
     assert resolved.data.root == os.path.abspath("here")
-    assert resolved.model.options == {"init": "fan_in", "in_channels": 1, "image_size": 8, "classes": 12}
+    assert resolved.model.options == {
+        "init": "fan_in",
+        "activation": "relu",
+        "in_channels": 1,
+        "image_size": 8,
+        "classes": 12,
+    }
     assert [f.options["scale"] for f in resolved.feedback] == [0.5, None]
     assert all(set(f.options) == set(rules.get("usf").options) for f in resolved.feedback)
     assert [(h.name, h.match, h.options) for h in resolved.hooks] == [("dale", None, {"excitatory": None, "margin": 1e-8})]
