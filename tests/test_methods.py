@@ -15,10 +15,11 @@ from fahooks.training.loop import train
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import prepare
 
-# What a method needs beside its name: signs of gradients are steps, and targets do not shrink as errors do, so that
-# activations must be bounded.
+# What a method needs beside its name. Targets do not shrink as errors do, so that activations must be bounded. The one channel
+# of an image is no unit: under Dale's law all filters of the first layer would have its sign. Signs of gradients are steps.
 SETTINGS: dict[str, list[str]] = {
     "drtp": ["model.activation=tanh"],
+    "dale": ["hooks=[{name: dale, match: [conv2, dense, output]}]"],
     "manhattan": ["optim={name: sgd, lr: 1.0e-4}"],
 }
 
