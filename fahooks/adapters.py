@@ -2,7 +2,8 @@
 
 An adapter is a function registered under the dotted name of a module class, so that the class need not be imported. It
 takes the module and returns the names of the weights that its forward uses: its own parameters, which get a rule of their
-own, or "child.weight", which shares the rule of that converted child:
+own, or "child.weight", which shares the rule of that converted child. Calls of linear maps, convolutions and products are routed
+that use such a weight, or a part of it. "weight.mT" is the weight of a linear map that is kept as [in, out]:
 
     @fahooks.register_adapter("my_package.attention.Attention")
     def attention(module):
@@ -47,3 +48,34 @@ def window_attention(module: nn.Module) -> Sequence[str]:
 def patch_projection(module: nn.Module) -> Sequence[str]:
     """The patch projection, handed to the interpolator of patch sizes."""
     return ["proj.weight"]
+
+
+@register_adapter("timm.layers.bottleneck_attn.PosEmbedRel")
+@register_adapter("timm.layers.halo_attn.PosEmbedRel")
+def relative_positions(module: nn.Module) -> Sequence[str]:
+    """The embeddings of relative positions, of which there is a product with the queries."""
+    return ["height_rel", "width_rel"]
+
+
+@register_adapter("timm.models.mvitv2.MultiScaleAttention")
+def spatial_positions(module: nn.Module) -> Sequence[str]:
+    """The embeddings of relative positions, where attention has any."""
+    return ["rel_pos_h", "rel_pos_w"] if getattr(module, "rel_pos_type", "") == "spatial" else []
+
+
+@register_adapter("timm.models.swiftformer.EfficientAdditiveAttention")
+def additive_attention(module: nn.Module) -> Sequence[str]:
+    """The vector that queries are multiplied by."""
+    return ["w_g"]
+
+
+@register_adapter("timm.layers.cond_conv2d.CondConv2d")
+def conditional_convolution(module: nn.Module) -> Sequence[str]:
+    """The kernels, and biases, that are mixed for every sample."""
+    return ["weight"] if module.bias is None else ["weight", "bias"]
+
+
+@register_adapter("transformers.pytorch_utils.Conv1D")
+def transposed_linear(module: nn.Module) -> Sequence[str]:
+    """A linear map that keeps its weight as [in, out]."""
+    return ["weight.mT"]

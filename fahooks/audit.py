@@ -52,7 +52,7 @@ LINEAR_OPERATIONS: dict[str, slice] = {
 """Torch's linear operations, as autograd names them, and which edges of their nodes are operands (others are biases).
 einsum, matmul, tensordot, bilinear and the recurrent layers that are not fused are made of these."""
 
-_CORE = (functional._Linear, functional._Convolution)
+_CORE = (functional._Linear, functional._Convolution, functional._Product)
 
 LOOK_UPS = ("Embedding", "EmbeddingBag")
 """Operations that make a signal of a parameter."""
@@ -199,7 +199,10 @@ class _Graph:
 
     def _error_edges(self, node: Node) -> list[Node]:
         if _is_core(node):
-            return edges(node, slice(0, 1)) + edges(node, slice(2, None))
+            # A kernel that a signal mixes of weights passes the error on to that signal.
+            place = getattr(node, "place", 1)
+            weights = [edge for edge in edges(node, slice(place, place + 1)) if self.made_of[edge]]
+            return [edge for edge in edges(node) if edge not in weights]
         if _is(node, Injection):
             return edges(node)
         weights = [operand for operand in self.operands(node) if self.made_of[operand]]

@@ -1,4 +1,4 @@
-"""The core: convolution and linear maps whose backward sends the error through a feedback matrix B instead of W.
+"""The core: convolutions, linear maps and products whose backward sends the error through a feedback matrix B instead of W.
 
 Forward, weight gradient and bias gradient are those of torch; only the gradient with respect to the input differs
 (Moskovitz et al. 2018, eq. 3):
@@ -74,6 +74,29 @@ class _Convolution(torch.autograd.Function):
         return *gradients, None, None
 
 
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operation: Callable[..., Tensor], place: int, feedback: Feedback, *operands: Tensor) -> Tensor:
+        ctx.save_for_backward(*operands)
+        ctx.operation, ctx.place, ctx.feedback = operation, place, feedback
+        return operation(*operands)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        operands: list[Tensor] = [operand.detach() for operand in ctx.saved_tensors]
+        needed = ctx.needs_input_grad[3:]
+        if any(need for at, need in enumerate(needed) if at != ctx.place):
+            operands[ctx.place] = feedback_matrix(ctx.feedback, operands[ctx.place]).detach()
+        # The gradient of W does not read W, in which the operation is linear: with B in its place one pass yields all of them.
+        with torch.enable_grad():
+            operands = [operand.requires_grad_(need) for operand, need in zip(operands, needed, strict=True)]
+            output = ctx.operation(*operands)
+        wanted = [operand for operand in operands if operand.requires_grad]
+        gradients = iter(torch.autograd.grad(output, wanted, grad_output))
+        return None, None, None, *(next(gradients) if need else None for need in needed)
+
+
 def feedback_matrix(feedback: Feedback, weight: Tensor) -> Tensor:
     """B for the effective `weight` of a call, checked to have its shape.
 
@@ -104,6 +127,23 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, feedbac
     if not _sends_error(input):
         return F.linear(input, weight, bias)
     return _Linear.apply(*_autocast(input, weight, bias), feedback)
+
+
+def product(operation: Callable[..., Tensor], *operands: Tensor, place: int, feedback: Feedback) -> Tensor:
+    """An operation that is linear in W, such as `torch.matmul`, with B in the backward pass, which computes it once more.
+
+    Arguments:
+        operation: called with the operands alone.
+        operands: its tensors, signals and one weight W.
+        place: the index of W among them.
+        feedback: maps W to B, of the same shape.
+
+    Returns:
+        operation(*operands).
+    """
+    if not any(_sends_error(operand) for at, operand in enumerate(operands) if at != place):
+        return operation(*operands)
+    return _Product.apply(operation, place, feedback, *operands)
 
 
 def _convolve(

@@ -7,8 +7,9 @@ A straight-through surrogate whose value is op(x, W, b), and whose gradient with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+PRODUCTS = (
+    (torch, "matmul"),
+    (torch, "mm"),
+    (torch, "bmm"),
+    (torch, "addmm"),
+    (torch, "baddbmm"),
+    (torch, "einsum"),
+    (Tensor, "matmul"),
+    (Tensor, "__matmul__"),
+)
 
 OPERATIONS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
@@ -47,18 +59,37 @@ def straight_through(
     return operation(input.detach(), weight, bias, *args, **kwargs) + (surrogate - surrogate.detach())
 
 
+def straight_through_product(operation: Callable[..., Tensor], args: Sequence[Any], place: int, feedback: Tensor) -> Tensor:
+    """One product, linear in W, by the surrogate.
+
+    Arguments:
+        operation: `torch.matmul`, `torch.einsum` ...
+        args: its arguments; what is no tensor is passed on.
+        place: the index of W among them.
+        feedback: B, of W's shape.
+
+    Returns:
+        operation(*args), with the gradient for all arguments but W of the operation with B in the place of W.
+    """
+    constants = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+    surrogate = operation(*args[:place], feedback.detach(), *args[place + 1 :])
+    return operation(*constants[:place], args[place], *constants[place + 1 :]) + (surrogate - surrogate.detach())
+
+
 @contextmanager
 def oracle(model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Make the forward passes of a plain model inside the block use the surrogate.
 
-    The functions of `torch.nn.functional` are replaced while the block runs. A call belongs to the innermost module whose
-    forward is running, where it uses that module's weight or what is made of it; else to the module that owns its weight.
+    The functions of `torch.nn.functional`, and torch's products, are replaced while the block runs. A call belongs to the
+    innermost module whose forward is running, where it uses that module's weight or what is made of it; else to the module
+    that owns its weight.
 
     Arguments:
         model: a model that was not converted.
         rules: W -> B by the name that the weight has in the report of `fahooks.convert`.
     """
     owners: dict[int, Callable[[Tensor], Tensor]] = {}
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # what is no view of a weight, but made of one, and the same made of B
     running: list[tuple[nn.Module, Callable[[Tensor], Tensor] | None]] = []
 
     def enter(name: str) -> Callable[..., None]:
@@ -75,6 +106,10 @@ def oracle(model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) ->
         if id(weight) in owners:
             return owners[id(weight)](weight.detach())
         base = weight._base
+        if id(weight) in made:
+            return made[id(weight)][1]
+        if base is not None and id(base) in made:
+            return made[id(base)][1].as_strided(weight.size(), weight.stride(), weight.storage_offset())
         if base is not None and id(base) in owners:
             return owners[id(base)](base.detach()).as_strided(weight.size(), weight.stride(), weight.storage_offset())
         return None
@@ -89,6 +124,31 @@ def oracle(model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) ->
 
         return call
 
+    def multiplied(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            multiply = partial(operation, **kwargs)
+            with torch.no_grad():
+                found = [(at, feedback_of(arg)) for at, arg in enumerate(args) if isinstance(arg, Tensor)]
+            weights = [(at, feedback) for at, feedback in found if feedback is not None]
+            if len(weights) != 1:
+                return multiply(*args)
+            ((place, feedback),) = weights
+            output = straight_through_product(multiply, args, place, feedback)
+            with torch.no_grad():
+                made[id(output)] = output, multiply(*args[:place], feedback, *args[place + 1 :])
+            return output
+
+        return call
+
+    def indexed(tensor: Tensor, index: Any) -> Tensor:
+        taken = take(tensor, index)
+        with torch.no_grad():
+            feedback = None if taken._base is not None else feedback_of(tensor)
+            if feedback is not None:
+                made[id(taken)] = taken, take(feedback, index)
+        return taken
+
+    take = Tensor.__getitem__
     with ExitStack() as stack:
         for name, module in model.named_modules():
             for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -101,6 +161,9 @@ def oracle(model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) ->
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         for operation in OPERATIONS:
             stack.enter_context(patch.object(F, operation, replaced(getattr(F, operation))))
+        for owner, operation in PRODUCTS:
+            stack.enter_context(patch.object(owner, operation, multiplied(getattr(owner, operation))))
+        stack.enter_context(patch.object(Tensor, "__getitem__", indexed))
         yield
 
 

@@ -50,7 +50,7 @@ class Dale(Hook):
     ) -> None:
         """Choose the units' signs and mirror the weights that have the other."""
         for name, weight in weights.items():
-            outgoing = sum_outgoing(weight, sites[name].module)
+            outgoing = sum_outgoing(weight, sites[name])
             if self.excitatory is None:
                 signs = torch.where(outgoing < 0, -1, 1)
             else:
@@ -71,17 +71,18 @@ class Dale(Hook):
         return f"excitatory={self.excitatory}, margin={self.margin}"
 
 
-def sum_outgoing(weight: Tensor, layer: nn.Module) -> Tensor:
+def sum_outgoing(weight: Tensor, site: Site) -> Tensor:
     """The sum of each unit's outgoing weights.
 
     Arguments:
         weight: W, [out, in] or [out, in / groups, kernel ...]; of a transposed convolution [in, out / groups, kernel ...].
-        layer: the layer that owns it.
+        site: where it is.
 
     Returns:
-        [groups, 1, in / groups, 1 ...], of a transposed convolution [in, 1 ...].
+        [groups, 1, in / groups, 1 ...]; [in, 1 ...] of a transposed convolution, and of a linear map that keeps W as [in, out].
     """
-    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+    layer = site.module
+    if site.transposed or isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         return weight.sum(dim=tuple(range(1, weight.dim())), keepdim=True)
     groups = getattr(layer, "groups", 1) if isinstance(layer, CONVERTIBLE) else 1
     grouped = weight.unflatten(0, (groups, -1))

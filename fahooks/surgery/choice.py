@@ -139,4 +139,6 @@ def fans(site: Site, weight: Tensor) -> tuple[int, int]:
     groups = getattr(site.module, "groups", 1) if isinstance(site.module, CONVERTIBLE) else 1
     if isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         return first // groups * kernel, second * kernel
+    if site.transposed:
+        return first, second
     return second * kernel, first // groups * kernel

@@ -104,19 +104,25 @@ class Routing(TorchFunctionMode):
     def __init__(self, layer: FeedbackLayer) -> None:
         self.layer = layer
         self.parts: list[tuple[Tensor, functional.Feedback]] = []
+        self.kernels: list[tuple[Tensor, functional.Feedback]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         core = functional.ROUTES.get(func)
         if core is not None:
-            feedback = self.feedback_for(args[1] if len(args) > 1 else kwargs["weight"])
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            feedback = self.feedback_for(weight)
+            if feedback is None and func is not F.linear:
+                feedback = _found(weight, self.kernels)
             if feedback is not None:
                 return self.call(func, feedback, *args, **kwargs)
         elif func is F.multi_head_attention_forward:
             with self:
                 return _multi_head_attention_forward(*args, **kwargs)
-        elif func in _TAKES_PARTS and self.layer.functional_weights is not None:
+        elif self.layer.functional_weights is not None and func in _TAKES_PARTS:
             return self.take_parts(func, *args, **kwargs)
+        elif self.layer.functional_weights is not None and func in PRODUCTS:
+            return self.multiply(func, args, kwargs)
         return func(*args, **kwargs)
 
     def call(self, func: Callable[..., Tensor], feedback: functional.Feedback, *args: Any, **kwargs: Any) -> Tensor:
@@ -145,20 +151,52 @@ class Routing(TorchFunctionMode):
 
     def feedback_for(self, weight: Tensor) -> functional.Feedback | None:
         """The layer's feedback for a weight, or for a part that was taken of one."""
-        for part, feedback in self.parts:
-            if weight is part:
-                return feedback
-        return self.layer.feedback_for(weight)
+        return _found(weight, self.parts) or self.layer.feedback_for(weight)
 
     def take_parts(self, func: Callable[..., Any], whole: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call `func`; where it takes parts of a packed weight, calls that use them get the same parts of B."""
+        """Call `func`; where it takes parts of a weight, or turns it round, calls that use them get the same of B."""
         taken = func(whole, *args, **kwargs)
-        rule = self.layer.feedback_for(whole)
-        if rule is not None:
-            for index, part in enumerate(_as_parts(taken)):
-                take = (func, args, kwargs, index)
-                self.parts.append((part, partial(_part_of_feedback, rule, whole.detach(), take)))
+        for feedback, noted in ((self.feedback_for(whole), self.parts), (_found(whole, self.kernels), self.kernels)):
+            if feedback is not None:
+                for index, part in enumerate(_as_parts(taken)):
+                    take = (func, args, kwargs, index)
+                    noted.append((part, partial(_part_of_feedback, feedback, whole.detach(), take)))
         return taken
+
+    def multiply(self, func: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        """Call a product; with B in its backward pass where a weight is an operand."""
+        flat, form = pytree.tree_flatten((args, kwargs))
+        places = [at for at, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
+        found = [(at, feedback) for at in places if (feedback := self.feedback_for(flat[at])) is not None]
+        if len(found) != 1:
+            return func(*args, **kwargs)
+        (at, feedback) = found[0]
+
+        def operation(*operands: Tensor) -> Tensor:
+            filled = list(flat)
+            for place, operand in zip(places, operands, strict=True):
+                filled[place] = operand
+            positional, named = pytree.tree_unflatten(filled, form)
+            return func(*positional, **named)
+
+        operands = [flat[place] for place in places]
+        place = places.index(at)
+        rule = rule_of(feedback)
+        if isinstance(rule, DirectRule) and any(o.requires_grad for i, o in enumerate(operands) if i != place):
+            raise InputError(
+                f"{rule.label}: {rule.name!r} is used in a {getattr(func, '__name__', 'product')}, and direct rules serve linear "
+                "maps and convolutions only: leave it to backpropagation (exclude=) or give it another rule"
+            )
+        product = functional.product(operation, *operands, place=place, feedback=feedback)
+        constants = [operand.detach() for operand in operands]
+
+        def mixed(matrix: Tensor) -> Tensor:
+            return operation(*(matrix if i == place else constant for i, constant in enumerate(constants)))
+
+        # What a signal makes of weights may be a kernel: that of a convolution whose weights are mixed for every sample.
+        take = (mixed, (), {}, 0)
+        self.kernels.append((product, partial(_part_of_feedback, feedback, constants[place], take)))
+        return product
 
 
 DIMENSIONS = {
@@ -179,7 +217,49 @@ def rule_of(feedback: functional.Feedback) -> functional.Feedback:
     return feedback
 
 
-_TAKES_PARTS = (Tensor.chunk, Tensor.split, Tensor.__getitem__)
+_TAKES_PARTS = frozenset(
+    {
+        Tensor.chunk,
+        Tensor.split,
+        Tensor.__getitem__,
+        Tensor.t,
+        Tensor.transpose,
+        Tensor.permute,
+        Tensor.view,
+        Tensor.reshape,
+        Tensor.flatten,
+        *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
+        torch.chunk,
+        torch.split,
+        torch.t,
+        torch.transpose,
+        torch.permute,
+        torch.reshape,
+        torch.flatten,
+    }
+)
+"""What takes parts of a weight, or turns it round, and does the same to B."""
+
+PRODUCTS = frozenset(
+    {
+        torch.matmul,
+        torch.mm,
+        torch.bmm,
+        torch.addmm,
+        torch.baddbmm,
+        torch.einsum,
+        Tensor.matmul,
+        Tensor.mm,
+        Tensor.bmm,
+        Tensor.__matmul__,
+        Tensor.__rmatmul__,
+    }
+)
+"""Products of two operands, in which an adapter may name a weight."""
+
+
+def _found(tensor: Tensor, noted: Sequence[tuple[Tensor, functional.Feedback]]) -> functional.Feedback | None:
+    return next((feedback for other, feedback in noted if tensor is other), None)
 
 
 def _as_parts(taken: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

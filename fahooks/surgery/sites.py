@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,12 +55,14 @@ class Site:
         around: the modules around it, the one that owns it last.
         attribute: the weight's name there; empty where there is none, and for a block, whose output is the site.
         obstacle: why no rule can serve it; None if one can.
+        transposed: whether the weight is that of a linear map, kept as [in, out].
     """
 
     name: str
     around: tuple[nn.Module, ...]
     attribute: str
     obstacle: str | None = None
+    transposed: bool = False
 
     @property
     def module(self) -> nn.Module:
@@ -122,9 +124,11 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
         around = (model, *(modules[n] for n in reversed(lineage(name))))
         if isinstance(module, CONVERTIBLE):
             yield _make_site(name, around, "weight")
-        for weight in functional_weights(module) or ():
-            if "." not in weight:
-                yield _make_site(join(name, weight), around, weight)
+        for weight in _adapted(module) or ():
+            attribute = weight.removesuffix(TRANSPOSED)
+            if "." not in attribute:
+                site = _make_site(join(name, attribute), around, attribute)
+                yield replace(site, transposed=weight.endswith(TRANSPOSED))
         reason = next((text for cls, text in UNCONVERTIBLE.items() if isinstance(module, cls)), None)
         if reason:
             yield Site(name, around, "", reason)
@@ -207,8 +211,17 @@ def check_materialised(site: Site) -> None:
             raise ConversionError(f"layer {site.name!r} is on the meta device: materialise and fill the model, then convert")
 
 
+TRANSPOSED = ".mT"
+
+
 def functional_weights(module: nn.Module) -> tuple[str, ...] | None:
     """The weights that `module`'s forward uses functionally, by its adapter; None where it has none."""
+    names = _adapted(module)
+    return None if names is None else tuple(name.removesuffix(TRANSPOSED) for name in names)
+
+
+def _adapted(module: nn.Module) -> tuple[str, ...] | None:
+    """What the adapter of `module` says; None where it has none."""
     for cls in _plain_mro(module):
         name = f"{cls.__module__}.{cls.__qualname__}"
         if name in plugins.adapters:

@@ -1,0 +1,145 @@
+"""`python -m tests.zoo`: check the conversion of every model of timm and torchvision, and write a table of it.
+
+A model is checked in a process of its own, so that one that fails, hangs or takes too much memory stops no other. What is done is
+kept in a file, and the same command goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from tests.zoo import table
+from tests.zoo.exactness import Inexact, TooSmall, check
+from tests.zoo.names import Unfit, all_names, family, small
+
+MORE_SIDES = 4
+"""How many sides of images are tried where the gradients vanish."""
+
+
+@click.command(help=__doc__)
+@click.option("--all", "everything", is_flag=True, help="Every model.")
+@click.option("--match", multiple=True, metavar="GLOB", help="Models such as 'timm/beit*'; repeatable.")
+@click.option("--shard", default="1/1", show_default=True, metavar="I/N", help="Every N-th model, from the I-th on.")
+@click.option("--workers", default=1, show_default=True, help="Processes side by side, of one thread each.")
+@click.option("--memory", default=10.0, show_default=True, help="GiB that one process may take.")
+@click.option("--minutes", default=15.0, show_default=True, help="How long one model may take.")
+@click.option("--results", type=click.Path(path_type=Path), default=Path("runs/zoo.jsonl"), show_default=True)
+@click.option("--again", is_flag=True, help="Check those anew that did not pass.")
+@click.option("--table", "page", type=click.Path(path_type=Path), help="Write a page, and a CSV file beside it.")
+def main(
+    everything: bool,
+    match: tuple[str, ...],
+    shard: str,
+    workers: int,
+    memory: float,
+    minutes: float,
+    results: Path,
+    again: bool,
+    page: Path | None,
+) -> None:
+    """Check, then write the table."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    done = table.read(results)
+    finished = {name for name, row in done.items() if not again or row["result"] == "pass"}
+    names = [name for name in all_names() if everything or any(fnmatch.fnmatchcase(name, glob) for glob in match)]
+    first, _, step = shard.partition("/")
+    names = [name for name in names[int(first) - 1 :: int(step)] if name not in finished]
+    for row in _side_by_side(names, workers, memory * 2**30, 60 * minutes):
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        click.echo(f"{row['name']:50} {row['result']:8} {row['seconds']:6.1f} s  {row['reason']}")
+    if page is not None:
+        table.write(page, table.read(results).values())
+
+
+def _side_by_side(names: Sequence[str], workers: int, memory: float, seconds: float) -> Iterator[dict[str, Any]]:
+    """Check every name in a process of its own, `workers` at a time, and yield what each found."""
+    torch.set_num_threads(1)  # before the first fork: threads do not survive one
+    waiting = list(reversed(names))
+    running: dict[int, tuple[str, int, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            name = waiting.pop()
+            there, here = os.pipe()
+            if (process := os.fork()) == 0:
+                os.close(there)
+                _answer(name, here)
+            os.close(here)
+            running[process] = (name, there, time.monotonic())
+        time.sleep(0.05)
+        for process, (name, there, started) in list(running.items()):
+            ended, _ = os.waitpid(process, os.WNOHANG)
+            taken = time.monotonic() - started
+            killed = ""
+            if not ended and _resident(process) > memory:
+                killed = f"it takes more than {memory / 2**30:g} GiB of memory"
+            elif not ended and taken > seconds:
+                killed = f"it takes more than {seconds / 60:g} minutes"
+            if killed:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+            if ended or killed:
+                with os.fdopen(there, encoding="utf-8") as pipe:
+                    answer = pipe.read()
+                del running[process]
+                lost = {"result": "skipped" if killed else "fail", "reason": killed or "the process died"}
+                found = json.loads(answer) if answer and not killed else lost
+                yield {"name": name, "family": family(name), "seconds": round(taken, 1), **found}
+
+
+def _resident(process: int) -> int:
+    """How many bytes of memory a process has."""
+    try:
+        pages = Path(f"/proc/{process}/statm").read_text(encoding="utf-8").split()[1]
+    except OSError:  # it ended just now
+        return 0
+    return int(pages) * resource.getpagesize()
+
+
+def _answer(name: str, pipe: int) -> None:
+    """In a child: check the model, write what was found, and end."""
+    warnings.simplefilter("ignore")
+    try:
+        found: dict[str, Any] = _check(name)
+    except BaseException as error:
+        found: dict[str, Any] = {"result": "fail", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+    found["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    with os.fdopen(pipe, "w", encoding="utf-8") as file:
+        file.write(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _check(name: str) -> dict[str, Any]:
+    reason = ""
+    try:
+        for tried, made in enumerate(small(name)):
+            about = {"side": made.side, "size": made.size, "parameters": sum(p.numel() for p in made.model.parameters())}
+            try:
+                return {"result": "pass", "reason": "", "weights": check(made.model, made.inputs), **about}
+            except Inexact as error:
+                return {"result": "fail", "reason": str(error)[:1000], **about}
+            except TooSmall as error:
+                reason = str(error)
+            if tried == MORE_SIDES:
+                break
+    except Unfit as error:
+        return {"result": "skipped", "reason": str(error)}
+    return {"result": "fail", "reason": reason}
+
+
+if __name__ == "__main__":
+    main()

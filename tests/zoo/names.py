@@ -1,0 +1,166 @@
+"""Every model of the zoo by name, and how each is made small enough to be checked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torchvision.models
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from tests.zoo.shrinking import Unfilled, fill, images, shorten
+
+SIDES = (32, 28, 64, 56, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
+"""Image sides to try, the ones that most models take first."""
+
+
+class Unfit(Exception):
+    """The model, as it is without fahooks, does not run here."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A way to make a model small.
+
+    Attributes:
+        label: how tables call it.
+        cut: takes blocks out of the model, and returns how many.
+        most_bytes: of the parameters that are left, in float64.
+    """
+
+    label: str
+    cut: Callable[[nn.Module], int]
+    most_bytes: float
+
+
+SIZES = (
+    Size("two blocks of a kind", partial(shorten, keep=2), 0.4 * 2**30),
+    Size("whole", lambda model: 0, 0.4 * 2**30),
+    Size("one block of a kind", partial(shorten, keep=1), 2**30),
+    Size("one block of a kind, numbered ones too", partial(shorten, keep=1, rows=(nn.Module,)), 2**30),
+    Size("whole", lambda model: 0, 2**30),
+)
+"""Tried in this order, as long as the model does not run or is too large."""
+
+
+@dataclass(frozen=True)
+class Small:
+    """A model that was made small, and runs.
+
+    Attributes:
+        model: filled, in float64.
+        inputs: what it is called with.
+        side: of the images.
+        size: label of what was taken out.
+    """
+
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    side: int
+    size: str
+
+
+def all_names() -> list[str]:
+    """timm/NAME for every model of timm, torchvision/NAME for every classification model of torchvision."""
+    ours = [f"torchvision/{name}" for name in torchvision.models.list_models(module=torchvision.models)]
+    return [f"timm/{name}" for name in timm.list_models()] + ours
+
+
+def family(name: str) -> str:
+    """The module that defines a model, such as timm.models.beit."""
+    source, _, rest = name.partition("/")
+    if source == "timm":
+        return timm.models.model_entrypoint(rest).__module__
+    return torchvision.models.get_model_builder(rest).__module__
+
+
+def small(name: str) -> Iterator[Small]:
+    """The model called `name` on images of several sides, small ones first; one at least.
+
+    Raises:
+        Unfit: it does not run, or takes too much memory.
+    """
+    make, default = _maker(name)
+    sides = [side for side in SIDES if side <= default] + ([default] if default not in SIDES else [])
+    reasons: list[str] = []
+    ran = False
+    for size in SIZES:
+        for side in sides:
+            try:
+                model = _cut(make, side, size)
+                if model is None:
+                    break
+                x = images(side)
+                _try(model, x)
+            except Exception as error:  # models say in many ways that they do not take a size
+                reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                continue
+            ran = True
+            yield Small(model, (x,), side, size.label)
+        if ran:
+            return
+    raise Unfit(reasons[-1] if reasons else f"more than {SIZES[-1].most_bytes / 2**30:.1f} GiB of float64 parameters")
+
+
+def _cut(make: Callable[[int], nn.Module], side: int, size: Size) -> nn.Module | None:
+    """The filled model; None where it is too large, or where nothing could be taken out."""
+    with Unfilled():
+        model = make(side)
+    if not size.cut(model) and size.label != "whole":
+        return None
+    return None if 8 * sum(p.numel() for p in model.parameters()) > size.most_bytes else fill(model)
+
+
+def _try(model: nn.Module, x: torch.Tensor) -> None:
+    """Run the model on `x` in both modes.
+
+    Raises:
+        Unfit: what it gives are no numbers.
+    """
+    with torch.no_grad():
+        found = [*pytree.tree_leaves(model.eval()(x)), *pytree.tree_leaves(copy.deepcopy(model).train()(x))]
+    found = [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
+    if not found or not all(bool(leaf.isfinite().all()) for leaf in found):
+        raise Unfit("its outputs are no numbers")
+
+
+def _maker(name: str) -> tuple[Callable[[int], nn.Module], int]:
+    """What makes the model for images of a side, and the side that it is meant for."""
+    source, _, rest = name.partition("/")
+    if source == "timm":
+        return _timm(rest)
+    default = {"inception_v3": 299}.get(rest, 224)
+    options = {"weights": None, "num_classes": 10} | ({"init_weights": False} if rest in ("googlenet", "inception_v3") else {})
+    takes_size = rest.startswith("vit_")
+
+    def make(side: int) -> nn.Module:
+        return torchvision.models.get_model(rest, **options, **({"image_size": side} if takes_size else {}))
+
+    return make, default
+
+
+def _timm(name: str) -> tuple[Callable[[int], nn.Module], int]:
+    cfg = timm.models.get_pretrained_cfg(name)
+    default = cfg.input_size[-1] if cfg is not None else 224
+    options: list[dict[str, Any]] = [{"num_classes": 10, "img_size": default}, {"num_classes": 10}, {"img_size": default}, {}]
+    for given in options:
+        try:
+            with Unfilled():
+                timm.create_model(name, **given)
+        except TypeError as error:
+            if "unexpected keyword" not in str(error) and "multiple values" not in str(error):
+                raise Unfit(f"TypeError: {error}") from error
+        else:
+            return partial(_make_timm, name, given), default
+    raise Unfit("it can not be made with any options")
+
+
+def _make_timm(name: str, options: dict[str, Any], side: int) -> nn.Module:
+    make: Any = timm.create_model
+    return make(name, **{option: side if option == "img_size" else value for option, value in options.items()})

@@ -1,0 +1,83 @@
+"""The table of the zoo: from the file of results to a page with a line a family, and a CSV file with a line a model."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+COLUMNS = ["name", "family", "result", "weights", "side", "size", "parameters", "seconds", "peak_gib", "reason"]
+
+RESULTS = ("pass", "fail", "skipped")
+
+
+def read(results: Path) -> dict[str, Row]:
+    """The last result of every model, by name."""
+    if not results.is_file():
+        return {}
+    rows = (json.loads(line) for line in results.read_text(encoding="utf-8").splitlines())
+    return {row["name"]: row for row in rows}
+
+
+def write(page: Path, rows: Iterable[Row]) -> None:
+    """Write the page, and beside it a CSV file of its name."""
+    rows = sorted(rows, key=lambda row: row["name"])
+    with page.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm"))
+    counts = ", ".join(f"{sum(row['result'] == result for row in rows)} {result}" for result in RESULTS)
+    lines = [
+        PREFACE.format(total=len(rows), counts=counts, versions=versions, csv=page.with_suffix(".csv").name),
+        "| family | models | pass | fail | skipped |",
+        "|---|--:|--:|--:|--:|",
+        *_families(rows),
+        "",
+        "## What did not pass",
+        "",
+        *(_reasons(rows) or ["Nothing."]),
+    ]
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+PREFACE = """# The zoo
+
+Every model that `timm.list_models()` names, and every classification model of torchvision: {total} models, {counts},
+with {versions}.
+
+```sh
+python -m tests.zoo --all --workers 2 --table docs/zoo.md
+```
+
+A model passes if, converted by `fa` and by `usf_sn`, in float64 with random weights: its outputs have the same bits as before, in
+training and in evaluation; `fahooks.audit` finds no linear map that is not routed; every gradient is that of the oracle
+(`fahooks.reference`, no custom backward), and the same parameters have one as under backpropagation; and as a control, the
+gradient of the images is another one than backpropagation's. Repeated blocks are taken out where a model has many, and images
+are as small as the model takes: [{csv}]({csv}) has the sizes, seconds and memory of each.
+"""
+
+
+def _families(rows: list[Row]) -> list[str]:
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(RESULTS, 0))
+    for row in rows:
+        counts[row["family"]][row["result"]] += 1
+    return [
+        f"| {name} | {sum(found.values())} | {' | '.join(str(found[result]) for result in RESULTS)} |"
+        for name, found in sorted(counts.items())
+    ]
+
+
+def _reasons(rows: list[Row]) -> list[str]:
+    """A line for every reason, with the models that have it in common."""
+    by_reason: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        if row["result"] != "pass":
+            by_reason[row["result"], row["reason"]].append(row["name"])
+    return [f"- {result}: {', '.join(names)}: {reason}" for (result, reason), names in by_reason.items()]
