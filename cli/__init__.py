@@ -12,6 +12,7 @@ from fahooks.plugins import InputError, PluginWarning, near
 
 # Name -> module and first line of the help, which `fahooks --help` prints without importing the command.
 COMMANDS = {
+    "bench": ("fahooks.cli.bench", "Measure what a rule costs."),
     "convert": ("fahooks.cli.convert", "Convert MODEL, with random weights, to feedback alignment and verify it."),
     "ls": ("fahooks.cli.ls", "List what has a name, with its options and their defaults."),
     "quickstart": ("fahooks.cli.train", "Train bp, fa and usf_sn on real digits, on a CPU in about a minute, and compare them."),

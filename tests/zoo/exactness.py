@@ -48,6 +48,7 @@ def check(plain: nn.Module, inputs: Sequence[Any], rules: Sequence[str] = RULES)
         TooSmall: the gradients vanish on these inputs.
     """
     expected_eval = outputs(plain.eval(), inputs)
+    plain.train()  # some keep something of an evaluation until then
     expected_train, true = learn(copy.deepcopy(plain), inputs)
     converted_weights = 0
     for rule in rules:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fahooks.cli import main
+
+SMALL = ["bench", "step", "paper/mnist", "--batch", "2", "--rounds", "2"]
+
+
+def bench(*arguments: str) -> Result:
+    return CliRunner().invoke(main, [*SMALL, *arguments])
+
+
+def test_bench_step_prints_a_row_a_rule_and_writes_json(tmp_path: Path):
+    file = tmp_path / "bench.json"
+    done = bench("--image", "12", "--rules", "fa, dfa", "--json", str(file))
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("paper/mnist, 2 images of 1x12x12, 2 rounds, 1 CPU thread, torch ")
+    assert [line.split("  ")[0] for line in lines[2:]] == ["backprop", "backprop again", "fa", "dfa"]
+    document = json.loads(file.read_text())
+    assert document["about"] == lines[0]
+    assert [timing["name"] for timing in document["timings"]] == ["backprop", "backprop again", "fa", "dfa"]
+    assert set(document["timings"][2]["ratios"]["cpu"]) == {"low", "median", "high"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rules", "fs"], "no rule is named 'fs'"),
+        (["--device", "cuda"], "--device cuda, but torch finds no GPU here"),
+        (["--image", "2"], "needs images of at least 4x4 pixels"),
+        (["--rounds", "0"], "0 is not in the range"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str):
+    done = bench(*arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
