@@ -57,6 +57,12 @@ def relative_positions(module: nn.Module) -> Sequence[str]:
     return ["height_rel", "width_rel"]
 
 
+@register_adapter("timm.layers.lambda_layer.LambdaLayer")
+def lambda_positions(module: nn.Module) -> Sequence[str]:
+    """The embeddings of relative positions; absent where a convolution stands in for them."""
+    return [] if module.pos_emb is None else ["pos_emb"]
+
+
 @register_adapter("timm.models.mvitv2.MultiScaleAttention")
 def spatial_positions(module: nn.Module) -> Sequence[str]:
     """The embeddings of relative positions, where attention has any."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from timm.layers import bottleneck_attn, halo_attn
 from timm.layers.cond_conv2d import CondConv2d
+from timm.layers.lambda_layer import LambdaLayer
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.mvitv2 import MultiScaleAttention
@@ -123,6 +124,12 @@ ADAPTED: list[tuple[str, Maker, tuple[int, ...], list[str]]] = [
         lambda: Queries(embeddings(halo_attn.PosEmbedRel(block_size=2, win_size=4, dim_head=8, scale=1.0))),
         (3, 2, 4, 8),
         ["positions.height_rel", "positions.width_rel"],
+    ),
+    (
+        "timm.layers.lambda_layer.LambdaLayer",
+        lambda: LambdaLayer(8, 8, feat_size=(2, 3), r=None, num_heads=2),
+        (2, 8, 2, 3),
+        ["pos_emb"],
     ),
     (
         "timm.models.mvitv2.MultiScaleAttention",
