@@ -89,7 +89,9 @@ def oracle(model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) ->
         rules: W -> B by the name that the weight has in the report of `fahooks.convert`.
     """
     owners: dict[int, Callable[[Tensor], Tensor]] = {}
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # what is no view of a weight, but made of one, and the same made of B
+    # What is no view of a weight but made of one, and the same made of B: indexed, or mixed by a signal to a kernel.
+    indexed: dict[int, tuple[Tensor, Tensor]] = {}
+    mixed: dict[int, tuple[Tensor, Tensor]] = {}
     running: list[tuple[nn.Module, Callable[[Tensor], Tensor] | None]] = []
 
     def enter(name: str) -> Callable[..., None]:
@@ -105,11 +107,10 @@ def oracle(model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) ->
             return matrix if matrix.shape == weight.shape else None
         if id(weight) in owners:
             return owners[id(weight)](weight.detach())
+        found = _same_of_b(weight, indexed)
+        if found is not None:
+            return found
         base = weight._base
-        if id(weight) in made:
-            return made[id(weight)][1]
-        if base is not None and id(base) in made:
-            return made[id(base)][1].as_strided(weight.size(), weight.stride(), weight.storage_offset())
         if base is not None and id(base) in owners:
             return owners[id(base)](base.detach()).as_strided(weight.size(), weight.stride(), weight.storage_offset())
         return None
@@ -118,6 +119,8 @@ def oracle(model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) ->
         def call(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
             with torch.no_grad():
                 feedback = feedback_of(weight)
+                if feedback is None and operation is not linear:
+                    feedback = _same_of_b(weight, mixed)
             if feedback is None:
                 return operation(input, weight, bias, *args, **kwargs)
             return straight_through(operation, input, weight, bias, feedback, *args, **kwargs)
@@ -135,20 +138,20 @@ def oracle(model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) ->
             ((place, feedback),) = weights
             output = straight_through_product(multiply, args, place, feedback)
             with torch.no_grad():
-                made[id(output)] = output, multiply(*args[:place], feedback, *args[place + 1 :])
+                mixed[id(output)] = output, multiply(*args[:place], feedback, *args[place + 1 :])
             return output
 
         return call
 
-    def indexed(tensor: Tensor, index: Any) -> Tensor:
-        taken = take(tensor, index)
+    def take(tensor: Tensor, index: Any) -> Tensor:
+        taken = getitem(tensor, index)
         with torch.no_grad():
             feedback = None if taken._base is not None else feedback_of(tensor)
             if feedback is not None:
-                made[id(taken)] = taken, take(feedback, index)
+                indexed[id(taken)] = taken, getitem(feedback, index)
         return taken
 
-    take = Tensor.__getitem__
+    linear, getitem = F.linear, Tensor.__getitem__
     with ExitStack() as stack:
         for name, module in model.named_modules():
             for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -163,8 +166,17 @@ def oracle(model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) ->
             stack.enter_context(patch.object(F, operation, replaced(getattr(F, operation))))
         for owner, operation in PRODUCTS:
             stack.enter_context(patch.object(owner, operation, multiplied(getattr(owner, operation))))
-        stack.enter_context(patch.object(Tensor, "__getitem__", indexed))
+        stack.enter_context(patch.object(Tensor, "__getitem__", take))
         yield
+
+
+def _same_of_b(tensor: Tensor, noted: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor | None:
+    """What is noted for a tensor, or the same view of what is noted for its base."""
+    if id(tensor) in noted:
+        return noted[id(tensor)][1]
+    if tensor._base is not None and id(tensor._base) in noted:
+        return noted[id(tensor._base)][1].as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+    return None
 
 
 def _is_made_of_the_weight(weight: Tensor, layer: nn.Module) -> bool:
