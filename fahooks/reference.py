@@ -88,95 +88,116 @@ def oracle(model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) ->
         model: a model that was not converted.
         rules: W -> B by the name that the weight has in the report of `fahooks.convert`.
     """
-    owners: dict[int, Callable[[Tensor], Tensor]] = {}
-    # What is no view of a weight but made of one, and the same made of B: indexed, or mixed by a signal to a kernel.
-    indexed: dict[int, tuple[Tensor, Tensor]] = {}
-    mixed: dict[int, tuple[Tensor, Tensor]] = {}
-    running: list[tuple[nn.Module, Callable[[Tensor], Tensor] | None]] = []
+    surrogate = _Surrogate(model, rules)
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(surrogate.enter(module, rules.get(name))).remove)
+            stack.callback(module.register_forward_hook(surrogate.leave, always_call=True).remove)
+        for name in OPERATIONS:
+            operation = getattr(F, name)
+            stack.enter_context(patch.object(F, name, surrogate.convolved(operation, kernel=name != "linear")))
+        for owner, name in PRODUCTS:
+            stack.enter_context(patch.object(owner, name, surrogate.multiplied(getattr(owner, name))))
+        stack.enter_context(patch.object(Tensor, "__getitem__", surrogate.indexing(Tensor.__getitem__)))
+        yield
 
-    def enter(name: str) -> Callable[..., None]:
-        return lambda module, _: running.append((module, rules.get(name)))
 
-    def leave(*_: Any) -> None:
-        running.pop()
+class _Surrogate:
+    """What takes the place of torch's functions, and what it knows of weights.
 
-    def feedback_of(weight: Tensor) -> Tensor | None:
-        layer, rule = running[-1] if running else (None, None)
+    Attributes:
+        owners: the rule of every parameter, by its id.
+        indexed: by id, what was taken of a weight and is no view of it, and the same of B.
+        mixed: by id, what a signal made of a weight, which may be the kernel of a convolution, and the same of B.
+        running: the modules whose forward is running, each with its rule.
+    """
+
+    def __init__(self, model: nn.Module, rules: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        self.owners: dict[int, Callable[[Tensor], Tensor]] = {}
+        self.indexed: dict[int, tuple[Tensor, Tensor]] = {}
+        self.mixed: dict[int, tuple[Tensor, Tensor]] = {}
+        self.running: list[tuple[nn.Module, Callable[[Tensor], Tensor] | None]] = []
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            rule = rules.get(name) or (rules.get(name.removesuffix("weight").rstrip(".")) if name.endswith("weight") else None)
+            if rule is not None:
+                self.owners[id(parameter)] = rule
+
+    def enter(self, module: nn.Module, rule: Callable[[Tensor], Tensor] | None) -> Callable[..., None]:
+        """A hook: the forward of `module` begins."""
+        return lambda *_: self.running.append((module, rule))
+
+    def leave(self, *_: Any) -> None:
+        """A hook: the forward of the innermost module ends."""
+        self.running.pop()
+
+    @torch.no_grad()
+    def feedback_of(self, weight: Tensor) -> Tensor | None:
+        """B for what a call multiplies by, or the same part of B where it is a part of a weight; None where it is none."""
+        layer, rule = self.running[-1] if self.running else (None, None)
         if layer is not None and rule is not None and _is_made_of_the_weight(weight, layer):
             matrix = rule(weight.detach())
             return matrix if matrix.shape == weight.shape else None
-        if id(weight) in owners:
-            return owners[id(weight)](weight.detach())
-        found = _same_of_b(weight, indexed)
-        if found is not None:
-            return found
+        if id(weight) in self.owners:
+            return self.owners[id(weight)](weight.detach())
         base = weight._base
-        if base is not None and id(base) in owners:
-            return owners[id(base)](base.detach()).as_strided(weight.size(), weight.stride(), weight.storage_offset())
-        return None
+        if base is not None and id(base) in self.owners:
+            return _same_view(self.owners[id(base)](base.detach()), weight)
+        return _noted(weight, self.indexed)
 
-    def replaced(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def convolved(self, operation: Callable[..., Tensor], *, kernel: bool) -> Callable[..., Tensor]:
+        """What stands in for a linear map or a convolution, which may have a mixed `kernel`."""
+
         def call(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-            with torch.no_grad():
-                feedback = feedback_of(weight)
-                if feedback is None and operation is not linear:
-                    feedback = _same_of_b(weight, mixed)
+            feedback = self.feedback_of(weight)
+            if feedback is None and kernel:
+                feedback = _noted(weight, self.mixed)
             if feedback is None:
                 return operation(input, weight, bias, *args, **kwargs)
             return straight_through(operation, input, weight, bias, feedback, *args, **kwargs)
 
         return call
 
-    def multiplied(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def multiplied(self, operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """What stands in for a product."""
+
         def call(*args: Any, **kwargs: Any) -> Tensor:
             multiply = partial(operation, **kwargs)
-            with torch.no_grad():
-                found = [(at, feedback_of(arg)) for at, arg in enumerate(args) if isinstance(arg, Tensor)]
+            found = [(at, self.feedback_of(arg)) for at, arg in enumerate(args) if isinstance(arg, Tensor)]
             weights = [(at, feedback) for at, feedback in found if feedback is not None]
             if len(weights) != 1:
                 return multiply(*args)
             ((place, feedback),) = weights
             output = straight_through_product(multiply, args, place, feedback)
             with torch.no_grad():
-                mixed[id(output)] = output, multiply(*args[:place], feedback, *args[place + 1 :])
+                self.mixed[id(output)] = output, multiply(*args[:place], feedback, *args[place + 1 :])
             return output
 
         return call
 
-    def take(tensor: Tensor, index: Any) -> Tensor:
-        taken = getitem(tensor, index)
-        with torch.no_grad():
-            feedback = None if taken._base is not None else feedback_of(tensor)
+    def indexing(self, getitem: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
+        """What stands in for indexing."""
+
+        def call(tensor: Tensor, index: Any) -> Tensor:
+            taken = getitem(tensor, index)
+            feedback = None if taken._base is not None else self.feedback_of(tensor)
             if feedback is not None:
-                indexed[id(taken)] = taken, getitem(feedback, index)
-        return taken
+                self.indexed[id(taken)] = taken, getitem(feedback, index).detach()
+            return taken
 
-    linear, getitem = F.linear, Tensor.__getitem__
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            for parameter_name, parameter in module.named_parameters(recurse=False):
-                rule = rules.get(f"{name}.{parameter_name}" if name else parameter_name)
-                if rule is None and parameter_name == "weight":
-                    rule = rules.get(name)
-                if rule is not None:
-                    owners[id(parameter)] = rule
-            stack.callback(module.register_forward_pre_hook(enter(name)).remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        for operation in OPERATIONS:
-            stack.enter_context(patch.object(F, operation, replaced(getattr(F, operation))))
-        for owner, operation in PRODUCTS:
-            stack.enter_context(patch.object(owner, operation, multiplied(getattr(owner, operation))))
-        stack.enter_context(patch.object(Tensor, "__getitem__", take))
-        yield
+        return call
 
 
-def _same_of_b(tensor: Tensor, noted: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor | None:
+def _noted(tensor: Tensor, notes: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor | None:
     """What is noted for a tensor, or the same view of what is noted for its base."""
-    if id(tensor) in noted:
-        return noted[id(tensor)][1]
-    if tensor._base is not None and id(tensor._base) in noted:
-        return noted[id(tensor._base)][1].as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+    if id(tensor) in notes:
+        return notes[id(tensor)][1]
+    if tensor._base is not None and id(tensor._base) in notes:
+        return _same_view(notes[id(tensor._base)][1], tensor)
     return None
+
+
+def _same_view(base: Tensor, view: Tensor) -> Tensor:
+    return base.as_strided(view.size(), view.stride(), view.storage_offset())
 
 
 def _is_made_of_the_weight(weight: Tensor, layer: nn.Module) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pkgutil import resolve_name
+from typing import Any, cast
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ ADAPTED: list[tuple[str, Maker, tuple[int, ...], list[str]]] = [
     ),
     (
         "timm.layers.lambda_layer.LambdaLayer",
-        lambda: LambdaLayer(8, 8, feat_size=(2, 3), r=None, num_heads=2),
+        lambda: cast(Any, LambdaLayer)(8, 8, feat_size=(2, 3), r=None, num_heads=2),
         (2, 8, 2, 3),
         ["pos_emb"],
     ),

@@ -22,11 +22,8 @@ import click
 import torch
 
 from tests.zoo import table
-from tests.zoo.exactness import Inexact, TooSmall, check
-from tests.zoo.names import Unfit, all_names, family, small
-
-MORE_SIDES = 4
-"""How many sides of images are tried where the gradients vanish."""
+from tests.zoo.exactness import Inexact, TooSmall
+from tests.zoo.names import Unfit, all_names, check_by_name, family
 
 
 @click.command(help=__doc__)
@@ -124,21 +121,15 @@ def _answer(name: str, pipe: int) -> None:
 
 
 def _check(name: str) -> dict[str, Any]:
-    reason = ""
     try:
-        for tried, made in enumerate(small(name)):
-            about = {"side": made.side, "size": made.size, "parameters": sum(p.numel() for p in made.model.parameters())}
-            try:
-                return {"result": "pass", "reason": "", "weights": check(made.model, made.inputs), **about}
-            except Inexact as error:
-                return {"result": "fail", "reason": str(error)[:1000], **about}
-            except TooSmall as error:
-                reason = str(error)
-            if tried == MORE_SIDES:
-                break
+        made, weights = check_by_name(name)
     except Unfit as error:
         return {"result": "skipped", "reason": str(error)}
-    return {"result": "fail", "reason": reason}
+    except (Inexact, TooSmall) as error:
+        return {"result": "fail", "reason": str(error)[:1000]}
+    parameters = sum(p.numel() for p in made.model.parameters())
+    about = {"weights": weights, "side": made.side, "size": made.size, "parameters": parameters}
+    return {"result": "pass", "reason": "", **about}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +15,15 @@ import torchvision.models
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from tests.zoo.exactness import TooSmall, check
 from tests.zoo.shrinking import Unfilled, fill, images, shorten
 
 SIDES = (32, 28, 64, 56, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 """Image sides to try, the ones that most models take first."""
+
+
+MORE_SIDES = 5
+"""How many sides of images are tried where the gradients vanish."""
 
 
 class Unfit(Exception):
@@ -106,6 +112,26 @@ def small(name: str) -> Iterator[Small]:
         if ran:
             return
     raise Unfit(reasons[-1] if reasons else f"more than {SIZES[-1].most_bytes / 2**30:.1f} GiB of float64 parameters")
+
+
+def check_by_name(name: str) -> tuple[Small, int]:
+    """Check the model called `name`, as small as it shows something.
+
+    Returns:
+        The model, and how many of its weights were converted.
+
+    Raises:
+        Unfit: it does not run without fahooks, or takes too much memory.
+        Inexact: the conversion is not right.
+        TooSmall: its gradients vanish on images of every size that was tried.
+    """
+    vanished = TooSmall()
+    for made in itertools.islice(small(name), MORE_SIDES):
+        try:
+            return made, check(made.model, made.inputs)
+        except TooSmall as error:
+            vanished = error
+    raise vanished
 
 
 def _cut(make: Callable[[int], nn.Module], side: int, size: Size) -> nn.Module | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,15 @@ import fahooks
 from tests.zoo.exactness import check
 from tests.zoo.shrinking import fill
 
-SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-WORDS = {"vocab_size": 30, "use_cache": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+SIZE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+WORDS: dict[str, Any] = {
+    "vocab_size": 30,
+    "use_cache": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "decoder_start_token_id": 0,
+}
 
 
 def pixels() -> dict[str, Tensor]:
@@ -41,9 +49,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
     "GPT-2": (lambda: t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=16, **WORDS)), words()),
     "Llama": (lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZE, **WORDS, num_key_value_heads=1)), words()),
     "T5": (
-        lambda: t.T5ForConditionalGeneration(
-            t.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, **WORDS)
-        ),
+        lambda: t.T5ForConditionalGeneration(t.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, **WORDS)),
         words() | words("decoder_input_ids"),
     ),
 }
