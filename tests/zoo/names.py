@@ -144,16 +144,18 @@ def _cut(make: Callable[[int], nn.Module], side: int, size: Size) -> nn.Module |
 
 
 def _try(model: nn.Module, x: torch.Tensor) -> None:
-    """Run the model on `x` in both modes.
+    """Run the model on `x` in both modes, and send an error back.
 
     Raises:
         Unfit: what it gives are no numbers.
     """
     with torch.no_grad():
-        found = [*pytree.tree_leaves(model.eval()(x)), *pytree.tree_leaves(copy.deepcopy(model).train()(x))]
-    found = [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
+        evaluated = model.eval()(x)
+    trained = copy.deepcopy(model.train())(x)
+    found = [leaf for leaf in pytree.tree_leaves((evaluated, trained)) if isinstance(leaf, torch.Tensor)]
     if not found or not all(bool(leaf.isfinite().all()) for leaf in found):
         raise Unfit("its outputs are no numbers")
+    torch.stack([leaf.sum() for leaf in found if leaf.requires_grad]).sum().backward()
 
 
 def _maker(name: str) -> tuple[Callable[[int], nn.Module], int]:
