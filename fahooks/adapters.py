@@ -29,6 +29,12 @@ def multihead_attention(module: nn.MultiheadAttention) -> Sequence[str]:
     return ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
 
 
+@register_adapter("torch.nn.modules.linear.Bilinear")
+def bilinear(module: nn.Bilinear) -> Sequence[str]:
+    """The one weight of two inputs, through which each of them gets its error."""
+    return ["weight"]
+
+
 @register_adapter("timm.models.beit.Attention")
 @register_adapter("timm.models.eva.EvaAttention")
 @register_adapter("timm.models.swin_transformer_v2.WindowAttention")

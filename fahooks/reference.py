@@ -25,6 +25,7 @@ PRODUCTS = (
     (torch, "addmm"),
     (torch, "baddbmm"),
     (torch, "einsum"),
+    (F, "bilinear"),
     (Tensor, "matmul"),
     (Tensor, "__matmul__"),
 )

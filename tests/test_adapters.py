@@ -86,7 +86,20 @@ def embeddings(positions: nn.Module) -> nn.Module:
     return positions
 
 
+class Twice(nn.Module):
+    """A bilinear map of two layers' outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(4, 3)
+        self.bilinear = nn.Bilinear(3, 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bilinear(self.left(x), x)
+
+
 ADAPTED: list[tuple[str, Maker, tuple[int, ...], list[str]]] = [
+    ("torch.nn.modules.linear.Bilinear", Twice, (2, 6, 4), ["bilinear.weight"]),
     ("timm.models.beit.Attention", lambda: BeitAttention(8, num_heads=2, qkv_bias=True), (2, 5, 8), ["qkv.weight"]),
     ("timm.models.eva.EvaAttention", lambda: EvaAttention(8, num_heads=2, scale_norm=False), (2, 5, 8), ["qkv.weight"]),
     ("timm.models.naflexvit.NaFlexEmbeds", Patches, (2, 4, 2, 2, 3), ["proj.weight"]),

@@ -239,7 +239,6 @@ def with_sparse_weight() -> nn.Module:
 UNCONVERTIBLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "embedding": (lambda: nn.Embedding(3, 2), "a look-up"),
     "embedding bag": (lambda: nn.EmbeddingBag(3, 2), "a look-up"),
-    "bilinear": (lambda: nn.Bilinear(2, 2, 2), "two inputs share one weight"),
     "lstm": (lambda: nn.LSTM(2, 2), "recurrent"),
     "gru cell": (lambda: nn.GRUCell(2, 2), "recurrent"),
     "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), "complex weights are not supported"),

@@ -251,6 +251,8 @@ PRODUCTS = frozenset(
         torch.addmm,
         torch.baddbmm,
         torch.einsum,
+        torch.bilinear,
+        F.bilinear,
         Tensor.matmul,
         Tensor.mm,
         Tensor.bmm,

@@ -37,7 +37,6 @@ CONVERTIBLE = (
 UNCONVERTIBLE: dict[type[nn.Module], str] = {
     nn.Embedding: "a look-up sends no error to its integer input",
     nn.EmbeddingBag: "a look-up sends no error to its integer input",
-    nn.Bilinear: "two inputs share one weight; no feedback matrix is defined",
     nn.RNNBase: "the weights are used inside one fused recurrent operation",
     nn.RNNCellBase: "the weights are used inside one fused recurrent operation",
 }
