@@ -70,9 +70,10 @@ def lambda_positions(module: nn.Module) -> Sequence[str]:
 
 
 @register_adapter("timm.models.mvitv2.MultiScaleAttention")
+@register_adapter("timm.models.vision_transformer_sam.Attention")
 def spatial_positions(module: nn.Module) -> Sequence[str]:
     """The embeddings of relative positions, where attention has any."""
-    return ["rel_pos_h", "rel_pos_w"] if getattr(module, "rel_pos_type", "") == "spatial" else []
+    return ["rel_pos_h", "rel_pos_w"] if hasattr(module, "rel_pos_h") else []
 
 
 @register_adapter("timm.models.swiftformer.EfficientAdditiveAttention")

@@ -10,6 +10,7 @@ import torch
 from timm.layers import bottleneck_attn, halo_attn
 from timm.layers.cond_conv2d import CondConv2d
 from timm.layers.lambda_layer import LambdaLayer
+from timm.models import vision_transformer_sam as sam
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.mvitv2 import MultiScaleAttention
@@ -150,6 +151,12 @@ ADAPTED: list[tuple[str, Maker, tuple[int, ...], list[str]]] = [
         lambda: Tokens(embeddings(MultiScaleAttention(8, 8, (2, 2), num_heads=2, has_cls_token=False))),
         (2, 4, 8),
         ["attention.rel_pos_h", "attention.rel_pos_w"],
+    ),
+    (
+        "timm.models.vision_transformer_sam.Attention",
+        lambda: embeddings(sam.Attention(8, num_heads=2, use_rel_pos=True, input_size=(2, 3))),
+        (2, 2, 3, 8),
+        ["rel_pos_h", "rel_pos_w"],
     ),
     (
         "timm.models.swiftformer.EfficientAdditiveAttention",

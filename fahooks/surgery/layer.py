@@ -232,6 +232,7 @@ _TAKES_PARTS = frozenset(
         Tensor.unsqueeze,
         Tensor.squeeze,
         *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
+        F.interpolate,
         torch.chunk,
         torch.split,
         torch.t,
