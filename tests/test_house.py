@@ -33,6 +33,7 @@ MAY_IMPORT = {
 ABOVE_SURGERY = {"surgery", "rules", "functional", "plugins"}
 MAY_IMPORT |= {part: ABOVE_SURGERY | {"observation"} for part in ("adapters", "audit", "hooks", "probes")}
 MAY_IMPORT["verify"] = ABOVE_SURGERY | {"observation", "audit"}
+MAY_IMPORT["benchmark"] = ABOVE_SURGERY | {"hooks"}
 MAY_IMPORT["training"] = set(MAY_IMPORT) - {"reference"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"reference"}
 MAY_IMPORT["__main__"] = {"cli"}

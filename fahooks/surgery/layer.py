@@ -167,20 +167,21 @@ class Routing(TorchFunctionMode):
         """Call a product; with B in its backward pass where a weight is an operand."""
         flat, form = pytree.tree_flatten((args, kwargs))
         places = [at for at, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
-        found = [(at, feedback) for at in places if (feedback := self.feedback_for(flat[at])) is not None]
-        if len(found) != 1:
+        feedbacks = [self.feedback_for(flat[at]) for at in places]
+        weights = [place for place, feedback in enumerate(feedbacks) if feedback is not None]
+        if len(weights) != 1:
             return func(*args, **kwargs)
-        (at, feedback) = found[0]
+        place = weights[0]
+        feedback = cast(functional.Feedback, feedbacks[place])
 
         def operation(*operands: Tensor) -> Tensor:
             filled = list(flat)
-            for place, operand in zip(places, operands, strict=True):
-                filled[place] = operand
+            for at, operand in zip(places, operands, strict=True):
+                filled[at] = operand
             positional, named = pytree.tree_unflatten(filled, form)
             return func(*positional, **named)
 
-        operands = [flat[place] for place in places]
-        place = places.index(at)
+        operands = [flat[at] for at in places]
         rule = rule_of(feedback)
         if isinstance(rule, DirectRule) and any(o.requires_grad for i, o in enumerate(operands) if i != place):
             raise InputError(

@@ -33,9 +33,9 @@ from tests.zoo.names import Unfit, all_names, check_by_name, family
 @click.option("--workers", default=1, show_default=True, help="Processes side by side, of one thread each.")
 @click.option("--memory", default=10.0, show_default=True, help="GiB that one process may take.")
 @click.option("--minutes", default=15.0, show_default=True, help="How long one model may take.")
-@click.option("--results", type=click.Path(path_type=Path), default=Path("runs/zoo.jsonl"), show_default=True)
+@click.option("--results", type=click.Path(path_type=Path), default=Path("docs/zoo.csv"), show_default=True)
 @click.option("--again", is_flag=True, help="Check those anew that did not pass.")
-@click.option("--table", "page", type=click.Path(path_type=Path), help="Write a page, and a CSV file beside it.")
+@click.option("--table", "page", type=click.Path(path_type=Path), help="Write a page about all results.")
 def main(
     everything: bool,
     match: tuple[str, ...],
@@ -55,11 +55,10 @@ def main(
     first, _, step = shard.partition("/")
     names = [name for name in names[int(first) - 1 :: int(step)] if name not in finished]
     for row in _side_by_side(names, workers, memory * 2**30, 60 * minutes):
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        table.append(results, row)
         click.echo(f"{row['name']:50} {row['result']:8} {row['seconds']:6.1f} s  {row['reason']}")
     if page is not None:
-        table.write(page, table.read(results).values())
+        table.write(page, results)
 
 
 def _side_by_side(names: Sequence[str], workers: int, memory: float, seconds: float) -> Iterator[dict[str, Any]]:

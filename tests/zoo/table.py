@@ -1,14 +1,14 @@
-"""The table of the zoo: from the file of results to a page with a line a family, and a CSV file with a line a model."""
+"""What was found: a CSV file with a line a model, and a page with a line a family."""
 
 from __future__ import annotations
 
 import csv
-import json
 from collections import defaultdict
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from tests.zoo.names import all_names
 
 Row = dict[str, Any]
 
@@ -21,21 +21,32 @@ def read(results: Path) -> dict[str, Row]:
     """The last result of every model, by name."""
     if not results.is_file():
         return {}
-    rows = (json.loads(line) for line in results.read_text(encoding="utf-8").splitlines())
-    return {row["name"]: row for row in rows}
+    with results.open(newline="", encoding="utf-8") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
 
 
-def write(page: Path, rows: Iterable[Row]) -> None:
-    """Write the page, and beside it a CSV file of its name."""
-    rows = sorted(rows, key=lambda row: row["name"])
-    with page.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def append(results: Path, row: Row) -> None:
+    """Add a result to the file."""
+    begun = results.is_file()
+    with results.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        if not begun:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def write(page: Path, results: Path) -> None:
+    """Write the page, and the file of results anew: sorted, each model once."""
+    rows = sorted(read(results).values(), key=lambda row: row["name"])
+    results.unlink(missing_ok=True)
+    for row in rows:
+        append(results, row)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm"))
     counts = ", ".join(f"{sum(row['result'] == result for row in rows)} {result}" for result in RESULTS)
+    missing = len(set(all_names()) - {row["name"] for row in rows})
+    left = f" {missing} are still to be checked." if missing else ""
     lines = [
-        PREFACE.format(total=len(rows), counts=counts, versions=versions, csv=page.with_suffix(".csv").name),
+        PREFACE.format(total=len(rows), counts=counts, versions=versions, left=left),
         "| family | models | pass | fail | skipped |",
         "|---|--:|--:|--:|--:|",
         *_families(rows),
@@ -49,8 +60,8 @@ def write(page: Path, rows: Iterable[Row]) -> None:
 
 PREFACE = """# The zoo
 
-Every model that `timm.list_models()` names, and every classification model of torchvision: {total} models, {counts},
-with {versions}.
+The models that `timm.list_models()` names, and the classification models of torchvision: {total} of them, {counts},
+with {versions}.{left}
 
 ```sh
 python -m tests.zoo --all --workers 2 --table docs/zoo.md
@@ -60,7 +71,7 @@ A model passes if, converted by `fa` and by `usf_sn`, in float64 with random wei
 training and in evaluation; `fahooks.audit` finds no linear map that is not routed; every gradient is that of the oracle
 (`fahooks.reference`, no custom backward), and the same parameters have one as under backpropagation; and as a control, the
 gradient of the images is another one than backpropagation's. Repeated blocks are taken out where a model has many, and images
-are as small as the model takes: [{csv}]({csv}) has the sizes, seconds and memory of each.
+are as small as the model takes: [zoo.csv](zoo.csv) has the sizes, seconds and memory of each.
 """
 
 
