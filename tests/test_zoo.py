@@ -133,7 +133,6 @@ torchvision/shufflenet_v2_x0_5
 torchvision/squeezenet1_1
 torchvision/swin_t
 torchvision/swin_v2_t
-torchvision/vgg11_bn
 torchvision/vit_b_16
 """.split()
 """The quickest model of each family."""

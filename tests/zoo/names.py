@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,27 @@ from tests.zoo.shrinking import Unfilled, fill, images, shorten
 SIDES = (32, 28, 64, 56, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)
 """Image sides to try, the ones that most models take first."""
 
+NARROWER: dict[str, dict[str, Any]] = {
+    "aimv2_3b_*": {"embed_dim": 768},
+    "convnext_xxlarge": {"dims": [96, 192, 384, 768]},
+    "convnextv2_huge": {"dims": [88, 176, 352, 704]},
+    "davit_giant": {"embed_dims": (96, 192, 384, 768)},
+    "davit_huge*": {"embed_dims": (64, 128, 256, 512)},
+    "hiera_huge_224": {"embed_dim": 64},
+    "coatnet_5_224": {"embed_dim": (64, 128, 256, 512)},
+    "maxvit_xlarge_*": {"embed_dim": (64, 128, 256, 512)},
+    "rdnet_large": {"growth_rates": [32] * 12},
+    "regnety_640": {"w0": 88, "wa": 36.87, "group_size": 82},
+    "regnety_1280": {"w0": 56, "wa": 20.1, "group_size": 33},
+    "regnety_2560": {"w0": 80, "wa": 28.85, "group_size": 47},
+    "resnetv2_*x[34]_bit": {"channels": (128, 256, 512, 1024)},
+    "resnext101_32x32d": {"base_width": 4},
+    "swinv2_cr_giant_*": {"embed_dim": 128},
+    "swinv2_cr_huge_*": {"embed_dim": 128},
+    "vgg*": {"mlp_ratio": 0.05},
+    "vit_5b_patch16_sapiens2": {"embed_dim": 640},
+}
+"""Options of timm that make models narrow which would take gigabytes, by pattern."""
 
 MORE_SIDES = 5
 """How many sides of images are tried where the gradients vanish."""
@@ -177,7 +199,8 @@ def _timm(name: str) -> tuple[Callable[[int], nn.Module], int]:
     cfg = timm.models.get_pretrained_cfg(name)
     default = cfg.input_size[-1] if cfg is not None else 224
     options: list[dict[str, Any]] = [{"num_classes": 10, "img_size": default}, {"num_classes": 10}, {"img_size": default}, {}]
-    for given in options:
+    narrower = {k: v for glob, chosen in NARROWER.items() if fnmatch.fnmatchcase(name, glob) for k, v in chosen.items()}
+    for given in ({**narrower, **others} for others in options):
         try:
             with Unfilled():
                 timm.create_model(name, **given)

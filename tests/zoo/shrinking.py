@@ -41,14 +41,20 @@ def shorten(model: nn.Module, *, keep: int, rows: tuple[type[nn.Module], ...] = 
         if not isinstance(module, rows):
             continue
         kinds: dict[Any, int] = {}
+        follows_taken = False
         for name, block in list(module._modules.items()):
+            if follows_taken and getattr(block, "inplace", False):
+                del module._modules[name]  # it would overwrite what the activation before it needs in its backward pass
+                continue
             if block is None or not list(block.parameters()) or not re.search(r"\d$", name):
                 continue
+            follows_taken = False
             kind = _kind(block)
             kinds[kind] = kinds.get(kind, 0) + 1
             if kinds[kind] > keep:
                 del module._modules[name]
                 taken += 1
+                follows_taken = isinstance(module, nn.Sequential)
         if isinstance(module, nn.ModuleList):
             module._modules = {str(i): block for i, block in enumerate(module._modules.values())}
     return taken
