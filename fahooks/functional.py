@@ -126,7 +126,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, feedbac
     """
     if not _sends_error(input):
         return F.linear(input, weight, bias)
-    return _Linear.apply(*_autocast(input, weight, bias), feedback)
+    return _apply(_Linear, *_autocast(input, weight, bias), feedback)
 
 
 def product(operation: Callable[..., Tensor], *operands: Tensor, place: int, feedback: Feedback) -> Tensor:
@@ -143,7 +143,7 @@ def product(operation: Callable[..., Tensor], *operands: Tensor, place: int, fee
     """
     if not any(_sends_error(operand) for at, operand in enumerate(operands) if at != place):
         return operation(*operands)
-    return _Product.apply(operation, place, feedback, *operands)
+    return _apply(_Product, operation, place, feedback, *operands)
 
 
 def _convolve(
@@ -173,7 +173,7 @@ def _convolve(
         _expand(output_padding, dimensions),
         groups,
     )
-    output = _Convolution.apply(*_autocast(input, weight, bias), feedback, settings)
+    output = _apply(_Convolution, *_autocast(input, weight, bias), feedback, settings)
     return output.squeeze(0) if unbatched else output
 
 
@@ -220,6 +220,19 @@ def _document(function: Callable[..., Tensor], plain: Callable[..., Tensor]) -> 
     function.__name__ = function.__qualname__ = plain.__name__
     function.__doc__ = f"`torch.nn.functional.{plain.__name__}` with B in the backward pass; see `linear` for `feedback`."
     return function
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    try:
+        return function.apply(*args)
+    except RuntimeError as error:
+        if "setup_context" not in str(error):
+            raise
+        # Functions that torch.func can transform cost sixteen times as much a call.
+        raise RuntimeError(
+            "torch.func's transforms (grad, vmap, jacrev ...) do not go through feedback matrices: use torch.autograd.grad, "
+            "or for true gradients call them inside fahooks.backprop(model)"
+        ) from error
 
 
 def _sends_error(input: Tensor) -> bool:

@@ -96,6 +96,7 @@ def convert(
 
 def revert(model: nn.Module) -> None:
     """Undo `convert`: classes, state_dict keys and gradients are as before; a model that was not converted stays as it is."""
+    _broadcast(model, True)
     for passes in passes_of(model):
         passes.remove()
     for module in list(modules_of(model).values()):
@@ -183,6 +184,25 @@ def _apply(model: nn.Module, plan: Plan) -> None:
         passes = Passes(model)
         for rule in whole:
             rule.passes = passes
+    _broadcast(model, False)
+
+
+def _broadcast(model: nn.Module, wanted: bool) -> None:
+    """Tell DistributedDataParallel, by the attribute that it reads, whether to send the state of rules in each pass.
+
+    It need not: the same seed gives the same B on every rank.
+    """
+    ours = {id(buffer) for rule in feedback_rules(model).values() for buffer in rule.buffers()}
+    names = {name for name, buffer in model.named_buffers() if id(buffer) in ours}
+    if names:
+        ignored = set(getattr(model, DDP_IGNORES, ()))
+        ignored = ignored - names if wanted else ignored | names
+        setattr(model, DDP_IGNORES, sorted(ignored))
+        if not ignored:
+            delattr(model, DDP_IGNORES)
+
+
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
 def _layer_report(site: Site, rule: Rule | None, reason: str | None) -> LayerReport:

@@ -38,9 +38,11 @@ NARROWER: dict[str, dict[str, Any]] = {
     "resnetv2_*x[34]_bit": {"channels": (128, 256, 512, 1024)},
     "resnext101_32x32d": {"base_width": 4},
     "swinv2_cr_giant_*": {"embed_dim": 128},
-    "swinv2_cr_huge_*": {"embed_dim": 128},
+    "swinv2_cr_huge_224": {"embed_dim": 128},
+    "swinv2_cr_huge_384": {"embed_dim": 88},
     "vgg*": {"mlp_ratio": 0.05},
     "vit_5b_patch16_sapiens2": {"embed_dim": 640},
+    "vit_7b_patch16_dinov3": {"embed_dim": 1024},
 }
 """Options of timm that make models narrow which would take gigabytes, by pattern."""
 
