@@ -65,6 +65,7 @@ with {versions}.{left}
 
 ```sh
 python -m tests.zoo --all --workers 2 --table docs/zoo.md
+python -m tests.zoo --match 'torchvision/vgg*' --again --memory 16 --table docs/zoo.md
 ```
 
 A model passes if, converted by `fa` and by `usf_sn`, in float64 with random weights: its outputs have the same bits as before, in
