@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_process, (port, folder), nprocs=WORLD)  # pyright: ignore[reportPrivateImportUsage]
+    with pytest.MonkeyPatch.context() as patch:
+        # Folders of models that other tests loaded from files may hold modules named like those of Python.
+        patch.setattr(sys, "path", [path for path in sys.path if "pytest-of-" not in path])
+        mp.spawn(_process, (port, folder), nprocs=WORLD)  # pyright: ignore[reportPrivateImportUsage]
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
