@@ -140,7 +140,7 @@ def _contestant(
     optimizer = SGD(model.parameters(), lr=1e-4, momentum=0.9)
     if any(rule.learns for rule in rules.values()):
         attach(model, optimizer)
-    forward: Any = torch.compile(model, fullgraph=True) if compiled else model
+    forward: Any = model
     precision = torch.autocast(images.device.type, torch.bfloat16) if bf16 else nullcontext()
 
     def step() -> None:
@@ -150,6 +150,9 @@ def _contestant(
         loss.backward()
         optimizer.step()
 
+    if compiled:
+        step()  # direct rules draw their matrices
+        forward = torch.compile(model, fullgraph=True)
     return _Contestant(name, step, lambda: sum(b.nbytes for rule in rules.values() for b in rule.buffers()))
 
 

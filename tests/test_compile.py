@@ -6,6 +6,7 @@ import copy
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,6 +134,52 @@ def test_one_compilation_serves_the_live_weight() -> None:
         torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradients[0][0], -gradients[1][0])
     assert len(compilations) == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("rule", [*fahooks.list_rules(), "fa from its seed"])
+def test_each_rule_is_one_graph(learn: Learn, rule: str, backend: str) -> None:
+    compilations: list[Any] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compilations.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    name, options = ("fa", {"storage": "seed"}) if rule == "fa from its seed" else (rule, {})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3))
+    labels = torch.tensor([0, 1])
+    fahooks.convert(model, name, **options)
+    x = torch.randn(2, 3, 6, 6)
+    step = partial(learn, around=lambda: fahooks.targets(model, labels))
+    step(model, x)  # direct rules draw their matrices in the first step
+    twin = copy.deepcopy(model)
+    twin.compile(fullgraph=True, backend=count)
+    for _ in range(2):
+        with fahooks.targets(twin, labels):
+            found = learn(twin, x)
+        if (rule, backend) != ("bp_noise", "inductor"):  # which draws its noise otherwise
+            torch.testing.assert_close(found.gradients, step(model, x).gradients, rtol=1e-4, atol=1e-4)
+    assert len(compilations) == 1
+
+
+@pytest.mark.parametrize("rule", ["dfa", "drtp"])
+def test_a_compiled_first_step_draws_the_matrices_of_direct_rules(learn: Learn, rule: str) -> None:
+    labels, x = torch.tensor([0, 1]), torch.randn(2, 4)
+    _, model = pair(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), rule)
+    twin = copy.deepcopy(model)
+    twin.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        expected, found = (learn(m, x, around=partial(fahooks.targets, m, labels)) for m in (model, twin))
+        torch.testing.assert_close(found.gradients, expected.gradients)
+    assert twin.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_compiled_first_step_of_dense_fa_says_what_to_do() -> None:
+    _, model = pair(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), "dense_fa")
+    model.compile(fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="take one step, forward and backward, before torch.compile"):
+        model(torch.randn(2, 4, requires_grad=True)).sum().backward()
 
 
 def test_layers_of_one_class_share_their_compilation() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fahooks.hooks.base import Hook, Match, register_hook
-from fahooks.rules.base import check_draw, check_positive, draw
+from fahooks.rules.base import check_positive
+from fahooks.rules.drawing import check_draw, draw
 from fahooks.surgery.choice import fans
 from fahooks.surgery.sites import Site
 
@@ -22,8 +23,8 @@ class Alignment(Hook):
 
     Arguments:
         strength: lambda of eq. 9.
-        init: variance of V, which is normal with mean 0, see `fahooks.rules.base.draw`; "fan_in" is 1/N_in, that of the forward
-            weights in section 5.1.
+        init: variance of V, which is normal with mean 0, see `fahooks.rules.drawing.draw`; "fan_in" is 1/N_in, that of the
+            forward weights in section 5.1.
         match: see `fahooks.Hook`.
 
     Raises:

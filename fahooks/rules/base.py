@@ -148,33 +148,6 @@ class LearningRule(Rule):
         self.learned = ()
 
 
-class DrawingRule(Rule):
-    """A rule that draws again and again, from a private generator that is a pure function of seed, layer name and count.
-
-    So every rank draws the same, a resumed run goes on as it would have, and torch's global generator is not touched.
-    """
-
-    seed: int
-    draws: int = 0
-
-    def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
-        """Note what is drawn from."""
-        self.seed = generator.initial_seed()
-
-    def next_generator(self, device: torch.device) -> torch.Generator:
-        """The generator of the next draw, on the device where it is needed; a GPU draws other numbers than a CPU."""
-        self.draws += 1
-        return torch.Generator(device).manual_seed((self.seed + self.draws) % 2**63)
-
-    def get_extra_state(self) -> Tensor:
-        """How often was drawn; part of the state_dict."""
-        return torch.tensor(self.draws)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Go on after that many draws."""
-        self.draws = int(state)
-
-
 Layout = Literal["channels first", "channels last", "sequence first"]
 
 
@@ -239,71 +212,12 @@ class FunctionRule(Rule):
         return getattr(self.function, "__name__", repr(self.function))
 
 
-def draw(
-    weight: Tensor,
-    *,
-    init: str,
-    distribution: str,
-    gain: float,
-    fan_in: int,
-    fan_out: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """A random matrix of `weight`'s shape, dtype, device and memory format, with mean 0 and a variance set by the fans.
-
-    Drawn in float32 on the CPU, so that one seed gives one matrix on every device and in every dtype.
-
-    Arguments:
-        weight: gives shape, dtype, device and memory format; its values are not read.
-        init: variance gain^2 x 1/N_out for "fan_out" (section 5.1 of Moskovitz et al. 2018), 1/N_in for "fan_in",
-            2 / (N_in + N_out) for "glorot".
-        distribution: "normal" or "uniform".
-        gain: factor on the standard deviation.
-        fan_in: N_in.
-        fan_out: N_out.
-        generator: a CPU generator.
-
-    Raises:
-        InputError: an unknown `init` or `distribution`, or a gain that is not positive.
-    """
-    check_draw(init, distribution, gain)
-    matrix = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-    fill(matrix, distribution, deviation(init=init, gain=gain, fan_in=fan_in, fan_out=fan_out), generator)
-    return torch.empty_like(weight, requires_grad=False).copy_(matrix)
-
-
-def deviation(*, init: str, gain: float, fan_in: int, fan_out: int) -> float:
-    """The standard deviation that `draw` gives a matrix."""
-    variances = {"fan_out": 1 / fan_out, "fan_in": 1 / fan_in, "glorot": 2 / (fan_in + fan_out)}
-    return gain * variances[init] ** 0.5
-
-
-def fill(matrix: Tensor, distribution: str, deviation: float, generator: torch.Generator) -> None:
-    """Fill a matrix in place with numbers of mean 0 and that standard deviation, "normal" or "uniform"."""
-    if distribution == "normal":
-        matrix.normal_(0, deviation, generator=generator)
-    else:
-        bound = 3**0.5 * deviation
-        matrix.uniform_(-bound, bound, generator=generator)
-
-
 def weight_norm(weight: Tensor) -> Tensor:
     """The L2 norm of a weight, in float32 or its own dtype where that is finer."""
     precision = torch.promote_types(weight.dtype, torch.float32)
     # First a unit at a time: added up in one go, the squares of millions of weights lose the last digits of the norm.
     units = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), dtype=precision)
     return torch.linalg.vector_norm(units)
-
-
-def check_draw(init: str, distribution: str, gain: float) -> None:
-    """Refuse options that `draw` does not take.
-
-    Raises:
-        InputError: an unknown `init` or `distribution`, or a gain that is not positive.
-    """
-    check_choice("init", init, ("fan_out", "fan_in", "glorot"))
-    check_choice("distribution", distribution, ("normal", "uniform"))
-    check_positive("gain", gain)
 
 
 def check_choice(option: str, value: object, choices: Any) -> None:

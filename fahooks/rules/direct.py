@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fahooks.plugins import InputError
-from fahooks.rules.base import Call, check_choice, check_draw, draw, register_rule
+from fahooks.rules.base import Call, check_choice, register_rule
 from fahooks.rules.direct_matrix import FEEDBACK, DirectMatrix, Units
+from fahooks.rules.drawing import check_draw, draw
 from fahooks.rules.passes import Pass, Targets, Visit, WholeModelRule, chosen, copy_without_edge, inject, mark, units
 
 
@@ -88,6 +88,9 @@ class FromOutput(RandomDirectRule):
         tensor, replaced = chosen(output, self.output, self.label)
         if tensor is visit.copy:  # the block is the model's last: it gets the true gradient
             return replaced(visit.target())
+        if torch.compiler.is_compiling():  # it traces no backward pass that changes a module
+            samples = visit.units.samples
+            self.matrix.prepare(tensor.detach().reshape(samples, -1, 1), visit.units.folded)
         return replaced(inject(tensor, visit.target(), partial(self.send, visit.units, current.targets), self))
 
     def send(self, units: Units, targets: Targets | None, error: Tensor) -> Tensor:
@@ -183,9 +186,10 @@ class DirectRandomTargetProjection(FromOutput):
         labels = targets.labels
         if not labels.is_floating_point() and labels.numel() == samples and outputs > 1:
             labels = labels.flatten().long()
-            if labels.min() < 0 or labels.max() >= outputs:
+            # A compiler can not branch on values; the loss refuses such labels as well.
+            if not torch.compiler.is_compiling() and (labels.min() < 0 or labels.max() >= outputs):
                 raise InputError(f"drtp: class indices must be from 0 to {outputs - 1}, got {labels.min()} to {labels.max()}")
-            labels = F.one_hot(labels, outputs)
+            labels = labels.unsqueeze(1) == torch.arange(outputs, device=labels.device)
         if labels.numel() != error.numel():
             raise InputError(
                 f"drtp: targets of shape {tuple(labels.shape)} do not fit {samples} samples with {outputs} outputs: give class "
@@ -198,7 +202,8 @@ class DirectRandomTargetProjection(FromOutput):
 class DenseFeedbackAlignment(RandomDirectRule):
     """B^T delta + the sum of R_k delta_k over all later layers k: feedback alignment with residual feedback connections.
 
-    Later are the layers with this rule that the forward pass calls later, save those that read the same x.
+    Later are the layers with this rule that the forward pass calls later, save those that read the same x. Before torch.compile
+    one step, forward and backward, has to be taken, in which the R_k are drawn.
 
     Arguments:
         feedback: storage of the R_k [units of x, units of layer k]: "dense", "channel" or "seeded", as of `dfa`.
@@ -265,6 +270,10 @@ class DenseFeedbackAlignment(RandomDirectRule):
         """The matrix R_k from the layer called `later`."""
         key = later.replace(".", "/")
         if key not in self.residual:
+            if torch.compiler.is_compiling():
+                raise InputError(
+                    f"{self.label}: take one step, forward and backward, before torch.compile: the R_k are drawn in it"
+                )
             digest = hashlib.sha256(f"{self.seed}/{later}".encode()).digest()
             self.residual[key] = DirectMatrix(int.from_bytes(digest[:8], "little") >> 1, **self.options)
         matrix: Any = self.residual[key]

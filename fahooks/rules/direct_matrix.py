@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fahooks.plugins import InputError
-from fahooks.rules.base import Layout, check_choice, check_draw, deviation, fill
+from fahooks.rules.base import Layout, check_choice
+from fahooks.rules.drawing import check_draw, deviation, random_matrix
 
 FEEDBACK = ("dense", "channel", "seeded")
 
@@ -74,12 +75,17 @@ class DirectMatrix(nn.Module):
             torch.matmul(flat, rows.to(flat.dtype).t(), out=signal[:, start:stop])
         return signal.view(shape)
 
-    def _kept(self, error: Tensor, shape: torch.Size) -> Tensor:
-        """The matrix that is kept, drawn at its first use."""
-        rows, columns = self._sizes(error, shape)
-        if self.values is None:
+    def prepare(self, error: Tensor, shape: torch.Size) -> None:
+        """Draw the matrix if it is to be kept and was not drawn yet; of an error only its sizes, dtype and device are read."""
+        if self.values is None and self.feedback != "seeded":
             drawn = torch.cat([part for _, _, part in self._slices(error, shape, torch.device("cpu"))])
             self.values = drawn.to(error.device, torch.promote_types(error.dtype, torch.float32))
+
+    def _kept(self, error: Tensor, shape: torch.Size) -> Tensor:
+        """The matrix that is kept, drawn at its first use."""
+        self.prepare(error, shape)
+        rows, columns = self._sizes(error, shape)
+        assert self.values is not None
         if self.values.shape != (rows, columns):
             raise InputError(
                 f"the feedback matrix was drawn for {self.values.shape[1]} units of the source and {self.values.shape[0]} of the "
@@ -99,13 +105,11 @@ class DirectMatrix(nn.Module):
         """First row, row after the last, and values of each slice."""
         rows, columns = self._sizes(error, shape)
         spread = deviation(init=self.init, gain=self.gain, fan_in=shape[1] * shape[2], fan_out=error.shape[1] * error.shape[2])
-        generator = torch.Generator(device)
         height = max(1, SLICE // columns)
         for start in range(0, rows, height):
             stop = min(start + height, rows)
-            values = torch.empty(stop - start, columns, dtype=torch.float32, device=device)
-            fill(values, self.distribution, spread, generator.manual_seed((self.seed + start) % 2**63))
-            yield start, stop, values
+            seed = (self.seed + start) % 2**63
+            yield start, stop, random_matrix((stop - start, columns), device, self.distribution, spread, seed)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # The one in the checkpoint may have been drawn when this one is not yet, and the other way round.

@@ -24,13 +24,16 @@ class KolenPollack(LearningRule, FeedbackAlignment):
     optimizer. Without weight decay W - B stays as it is.
 
     Arguments:
-        init: variance of the initial B, see `fahooks.rules.base.draw`.
+        init: variance of the initial B, see `fahooks.rules.drawing.draw`.
         distribution: "normal" or "uniform", mean 0.
         gain: factor on the standard deviation.
 
     Raises:
         InputError: an unknown `init` or `distribution`, or a gain that is not positive.
     """
+
+    def __init__(self, *, init: str = "fan_out", distribution: str = "normal", gain: float = 1.0) -> None:
+        super().__init__(init=init, distribution=distribution, gain=gain)
 
     def attach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
         """Put B into the parameter group of W."""

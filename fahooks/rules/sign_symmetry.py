@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fahooks.rules.base import DrawingRule, Rule, check_draw, check_positive, deviation, fill, register_rule, weight_norm
+from fahooks.rules.base import Rule, check_positive, register_rule, weight_norm
+from fahooks.rules.drawing import DrawingRule, check_draw, deviation
 from fahooks.rules.feedback_alignment import FeedbackAlignment
 
 LIAO = "Liao et al. 2015, https://arxiv.org/abs/1510.05067"
@@ -54,20 +55,19 @@ class SignSymmetryInit(FeedbackAlignment):
     """B = abs(B_0) sign(W), B_0 drawn once: FA-uSF Init. (eq. 4).
 
     Arguments:
-        init: variance of B_0, see `fahooks.rules.base.draw`.
+        init: variance of B_0, see `fahooks.rules.drawing.draw`.
         distribution: "normal" or "uniform", mean 0.
         gain: factor on the standard deviation of B_0.
+        storage: "matrix" keeps abs(B_0), "seed" draws it anew in each backward pass, see `FeedbackAlignment`.
     """
 
-    magnitude: Tensor
-
-    def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
-        """Draw abs(B_0)."""
-        self.register_buffer("magnitude", self.draw(weight, fan_in, fan_out, generator).abs_())
+    def draw(self, weight: Tensor, device: torch.device) -> Tensor:
+        """abs(B_0), from its seed."""
+        return super().draw(weight, device).abs_()
 
     def forward(self, weight: Tensor) -> Tensor:
         """B = abs(B_0) sign(W)."""
-        return weight.sign().mul_(self.magnitude)
+        return weight.sign().mul_(super().forward(weight))
 
 
 @register_rule("frsf", paper=LIAO)
@@ -75,13 +75,16 @@ class SignSymmetryFixedMagnitude(SignSymmetryInit):
     """B = abs(M) sign(W), M drawn once: as `usf_init`, and uniform by default.
 
     Arguments:
-        init: variance of M, see `fahooks.rules.base.draw`.
+        init: variance of M, see `fahooks.rules.drawing.draw`.
         distribution: "normal" or "uniform", mean 0.
         gain: factor on the standard deviation of M.
+        storage: "matrix" keeps abs(M), "seed" draws it anew in each backward pass, see `FeedbackAlignment`.
     """
 
-    def __init__(self, *, init: str = "fan_out", distribution: str = "uniform", gain: float = 1.0) -> None:
-        super().__init__(init=init, distribution=distribution, gain=gain)
+    def __init__(
+        self, *, init: str = "fan_out", distribution: str = "uniform", gain: float = 1.0, storage: str = "matrix"
+    ) -> None:
+        super().__init__(init=init, distribution=distribution, gain=gain, storage=storage)
 
 
 @register_rule("brsf", paper=LIAO)
@@ -89,7 +92,7 @@ class SignSymmetryRandomMagnitude(DrawingRule):
     """B = abs(M) sign(W), M drawn anew for every backward pass of the layer.
 
     Arguments:
-        init: variance of M, see `fahooks.rules.base.draw`.
+        init: variance of M, see `fahooks.rules.drawing.draw`.
         distribution: "normal" or "uniform", mean 0.
         gain: factor on the standard deviation of M.
 
@@ -111,9 +114,7 @@ class SignSymmetryRandomMagnitude(DrawingRule):
 
     def forward(self, weight: Tensor) -> Tensor:
         """B = abs(M) sign(W)."""
-        magnitude = torch.empty_like(weight)
-        fill(magnitude, self.distribution, self.deviation, self.next_generator(weight.device))
-        return magnitude.abs_().mul_(weight.sign())
+        return self.next_draw(weight, weight.shape, self.distribution, self.deviation).abs_().mul_(weight.sign())
 
     def extra_repr(self) -> str:
         """The options."""
@@ -127,6 +128,5 @@ class SignSymmetryNormalized(Rule):
     def forward(self, weight: Tensor) -> Tensor:
         """B = norm(W) sign(W) / norm(sign(W)), L2 norms; zero where W is all zero."""
         signs = weight.sign()
-        precision = torch.promote_types(weight.dtype, torch.float32)
-        sign_norm = signs.count_nonzero().to(precision).sqrt().clamp_min(1)
+        sign_norm = weight_norm(signs).clamp_min(1)
         return signs.mul_((weight_norm(weight) / sign_norm).to(weight.dtype))

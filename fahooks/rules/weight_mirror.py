@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fahooks.plugins import InputError
-from fahooks.rules.base import DrawingRule, LearningRule, check_positive, register_rule
+from fahooks.rules.base import LearningRule, check_positive, register_rule
+from fahooks.rules.drawing import DrawingRule
 from fahooks.rules.feedback_alignment import FeedbackAlignment
 
 
@@ -24,7 +25,7 @@ class WeightMirror(LearningRule, DrawingRule, FeedbackAlignment):
     Arguments:
         rate: of learning and of forgetting, in (0, 1].
         samples: how many x a step.
-        init: variance of the initial B, see `fahooks.rules.base.draw`.
+        init: variance of the initial B, see `fahooks.rules.drawing.draw`.
         distribution: "normal" or "uniform", mean 0, of the initial B.
         gain: factor on the standard deviation of the initial B.
 
@@ -59,9 +60,7 @@ class WeightMirror(LearningRule, DrawingRule, FeedbackAlignment):
     def after_step(self, weight: nn.Parameter) -> None:
         """Send noise through W, and let B learn."""
         units = weight.detach().flatten(1)
-        noise = torch.randn(
-            (self.samples, units.shape[1]), generator=self.next_generator(units.device), dtype=units.dtype, device=units.device
-        )
+        noise = self.next_draw(units, (self.samples, units.shape[1]), "normal", 1.0)
         mirrored = (noise @ units.t()).t() @ noise / self.samples
         self.matrix.lerp_(mirrored.view(self.matrix.shape), self.rate)
 

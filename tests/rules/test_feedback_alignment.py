@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,7 @@ def test_the_error_is_sent_through_the_fixed_matrix() -> None:
     [
         ({"init": "fan_on"}, "init must be one of 'fan_out', 'fan_in', 'glorot', got 'fan_on' - did you mean 'fan_"),
         ({"distribution": "gauss"}, "distribution must be one of 'normal', 'uniform', got 'gauss'"),
+        ({"storage": "disk"}, "storage must be one of 'matrix', 'seed', got 'disk'"),
         ({"gain": 0}, "gain must be a positive number, got 0"),
         ({"gain": "big"}, "gain must be a positive number, got 'big'"),
         ({"gain": float("nan")}, "gain must be a positive number, got nan"),
@@ -117,5 +119,48 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
     assert type(layer) is nn.Linear
 
 
+@pytest.mark.parametrize("rule", ["fa", "usf_init", "frsf"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_seed_in_place_of_the_matrix_sends_the_same_and_keeps_nothing(rule: str, dtype: torch.dtype) -> None:
+    gradients = {}
+    for storage, seed in (("matrix", 0), ("seed", 0), ("seed", 1)):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(4, 6, 3, groups=2).to(dtype)
+        keys = list(layer.state_dict())
+        report = fahooks.convert(layer, rule, storage=storage, seed=seed)
+        assert (report.memory_bytes == 0, list(layer.state_dict()) == keys) == (storage == "seed",) * 2
+        for served in (layer, layer, copy.deepcopy(layer)):
+            x = torch.ones(2, 4, 5, 5, dtype=dtype, requires_grad=True)
+            served(x).square().sum().backward()
+            assert x.grad is not None
+            first = gradients.setdefault((storage, seed), x.grad)
+            assert torch.equal(first, x.grad), "another B in the next backward pass"
+    assert torch.equal(gradients["matrix", 0], gradients["seed", 0])
+    assert not torch.equal(gradients["seed", 1], gradients["seed", 0]), "control: every seed draws the same"
+
+
+def test_a_seed_in_place_of_the_matrix_works_under_autocast_and_on_the_meta_device() -> None:
+    layer = nn.Linear(4, 3)
+    fahooks.convert(layer, "fa", storage="seed")
+    x = torch.ones(2, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).sum().backward()
+    expected = torch.ones(2, 3, dtype=torch.bfloat16) @ feedback_rules(layer)[""](layer.weight).bfloat16()
+    torch.testing.assert_close(x.grad, expected.float())
+    with torch.device("meta"):
+        empty = nn.Linear(4, 3)
+        fahooks.convert(empty, "fa", storage="seed")
+        x = torch.ones(2, 4, requires_grad=True)
+    empty(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.is_meta
+
+
+@pytest.mark.parametrize("rule", ["kp", "wm"])
+def test_a_matrix_that_learns_has_to_be_kept(rule: str) -> None:
+    with pytest.raises(InputError, match=f"rule '{rule}' has no option 'storage'"):
+        fahooks.convert(nn.Linear(2, 2), rule, storage="seed")
+
+
 def test_prints_its_options() -> None:
-    assert repr(FeedbackAlignment(gain=2)) == "FeedbackAlignment(init='fan_out', distribution='normal', gain=2)"
+    assert repr(FeedbackAlignment(gain=2)) == "FeedbackAlignment(init='fan_out', distribution='normal', gain=2, storage='matrix')"

@@ -115,14 +115,17 @@ def test_sign_rules_hold_no_state(rule: str) -> None:
 def test_initialised_magnitudes_are_state() -> None:
     layer = conv()
     assert fahooks.convert(layer, "usf_init").memory_bytes == layer.weight.numel() * 8
-    assert torch.equal(layer.state_dict()["feedback.magnitude"], drawn().abs())
+    assert torch.equal(layer.state_dict()["feedback.matrix"], drawn().abs())
 
 
 def test_rules_print_their_options() -> None:
     layer = nn.Linear(2, 16)
     fahooks.convert(layer, "usf")
     assert "SignSymmetry(scale=0.25)" in repr(layer)
-    assert repr(SignSymmetryInit(init="glorot")) == "SignSymmetryInit(init='glorot', distribution='normal', gain=1.0)"
+    assert (
+        repr(SignSymmetryInit(init="glorot"))
+        == "SignSymmetryInit(init='glorot', distribution='normal', gain=1.0, storage='matrix')"
+    )
     assert repr(SignSymmetryNormalized()) == "SignSymmetryNormalized()"
 
 
