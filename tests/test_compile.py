@@ -145,11 +145,13 @@ def test_each_rule_is_one_graph(learn: Learn, rule: str, backend: str) -> None:
         compilations.append(graph)
         return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
-    name, options = ("fa", {"storage": "seed"}) if rule == "fa from its seed" else (rule, {})
+    options: dict[str, Any] = {}
+    if rule == "fa from its seed":
+        rule, options = "fa", {"storage": "seed"}
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3))
     labels = torch.tensor([0, 1])
-    fahooks.convert(model, name, **options)
+    fahooks.convert(model, rule, **options)
     x = torch.randn(2, 3, 6, 6)
     step = partial(learn, around=lambda: fahooks.targets(model, labels))
     step(model, x)  # direct rules draw their matrices in the first step

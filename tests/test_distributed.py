@@ -20,13 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fahooks
+from fahooks.plugins import InputError
 from fahooks.rules import targets
 
 WORLD = 2
 
 RULES = ["fa", "usf", "usf_init", "usf_sn", "frsf", "brsf", "sham", "dfa", "dense_fa", "drtp", "kp"]
 
-SHARDED = ["fa", "usf", "usf_init", "usf_sn", "frsf", "sham", "dfa", "dense_fa"]
+SHARDED = ["fa", "usf", "usf_init", "usf_sn", "frsf", "brsf", "sham", "dfa", "dense_fa", "drtp"]
 
 
 class Network(nn.Module):
@@ -51,12 +52,25 @@ class Network(nn.Module):
         return self.head(x)
 
 
-def converted(rule: str) -> Network:
+def network() -> Network:
     model = Network().double()
     with torch.no_grad():
         model.blocks[1][0].weight[0, 0, 0, 0] = 0  # pyright: ignore[reportIndexIssue]
+    return model
+
+
+def converted(rule: str) -> Network:
+    model = network()
     fahooks.convert(model, rule)
     return model
+
+
+def shard(model: Network) -> None:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def samples() -> tuple[Tensor, Tensor]:
@@ -110,8 +124,10 @@ def _process(rank: int, port: int, folder: Path) -> None:
 def everything(rank: int) -> dict[str, Any]:
     return {
         "ddp": {rule: by_ddp(rank, rule) for rule in RULES},
-        "fsdp, kept": {rule: by_fsdp(rank, rule, checkpointed=False) for rule in SHARDED},
+        "fsdp, kept": {rule: by_fsdp(rank, rule) for rule in SHARDED},
         "fsdp, recomputed": {rule: by_fsdp(rank, rule, checkpointed=True) for rule in SHARDED},
+        "fsdp, converted last": {rule: by_fsdp(rank, rule, sharded_first=True) for rule in SHARDED},
+        "refused": refused_where_sharded(rank),
         "buffers": buffers_after_a_pass(rank),
     }
 
@@ -124,17 +140,27 @@ def by_ddp(rank: int, rule: str) -> dict[str, Tensor]:
     return gradients(model)
 
 
-def by_fsdp(rank: int, rule: str, *, checkpointed: bool) -> dict[str, Tensor]:
-    mesh = init_device_mesh("cpu", (WORLD,))
-    network = converted(rule)
-    network.checkpointed = checkpointed
-    for block in network.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
-    assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
+def by_fsdp(rank: int, rule: str, *, checkpointed: bool = False, sharded_first: bool = False) -> dict[str, Tensor]:
+    model = network() if sharded_first else converted(rule)
+    model.checkpointed = checkpointed
+    shard(model)
+    if sharded_first:
+        fahooks.convert(model, rule)
     images, labels = (part.chunk(WORLD)[rank] for part in samples())
-    learn(network, network, images, labels, rule)
-    return gradients(network)
+    learn(model, model, images, labels, rule)
+    return gradients(model)
+
+
+def refused_where_sharded(rank: int) -> dict[str, str]:
+    refusals = {}
+    for rule, hooks in (("kp", []), ("wm", []), ("fa", ["alignment"])):
+        model = converted(rule)
+        shard(model)
+        try:
+            fahooks.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), *hooks)
+        except InputError as error:
+            refusals[hooks[0] if hooks else rule] = str(error)
+    return refusals
 
 
 def buffers_after_a_pass(rank: int) -> dict[str, Tensor]:
@@ -157,11 +183,18 @@ def test_data_parallel_gradients_are_those_of_the_joined_batch(found: list[dict[
     assert different > 1e-3, "control: rules do not differ from backpropagation"
 
 
-@pytest.mark.parametrize("activations", ["kept", "recomputed"])
-def test_fully_sharded_gradients_are_those_of_the_joined_batch(found: list[dict[str, Any]], activations: str) -> None:
+@pytest.mark.parametrize("way", ["kept", "recomputed", "converted last"])
+def test_fully_sharded_gradients_are_those_of_the_joined_batch(found: list[dict[str, Any]], way: str) -> None:
     for rule in SHARDED:
         for process in found:
-            torch.testing.assert_close(process[f"fsdp, {activations}"][rule], in_one_process(rule), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(process[f"fsdp, {way}"][rule], in_one_process(rule), rtol=1e-10, atol=1e-12)
+
+
+def test_what_needs_whole_weights_says_so_where_they_are_sharded(found: list[dict[str, Any]]) -> None:
+    for process in found:
+        assert process["refused"].keys() == {"kp", "wm", "alignment"}
+        for message in process["refused"].values():
+            assert "is sharded (fully_shard): use DistributedDataParallel" in message
 
 
 def test_feedback_is_not_broadcast_and_other_buffers_are(found: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fahooks.hooks.base import Hook, Match, register_hook
-from fahooks.rules.base import check_positive
+from fahooks.rules.base import check_positive, refuse_sharded
 from fahooks.rules.drawing import check_draw, draw
 from fahooks.surgery.choice import fans
 from fahooks.surgery.sites import Site
@@ -46,8 +46,13 @@ class Alignment(Hook):
         generator_for: Callable[[str], torch.Generator],
         **about: Any,
     ) -> None:
-        """Draw V."""
+        """Draw V.
+
+        Raises:
+            InputError: a weight is sharded.
+        """
         for name, weight in weights.items():
+            refuse_sharded(weight, f"alignment: V is kept whole, and {name!r}")
             fan_in, fan_out = fans(sites[name], weight)
             target = draw(
                 weight,

@@ -138,7 +138,12 @@ class LearningRule(Rule):
         return {**self.__dict__, "attached": False, "learned": ()}
 
     def attach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
-        """Begin to learn."""
+        """Begin to learn.
+
+        Raises:
+            InputError: the weight is sharded.
+        """
+        refuse_sharded(weight, f"{self.label}: B learns beside the whole weight, and {self.name!r}")
         self.attached = True
         self.learned = (weight,)  # in a tuple, since a module would take it for a parameter of its own
 
@@ -218,6 +223,16 @@ def weight_norm(weight: Tensor) -> Tensor:
     # First a unit at a time: added up in one go, the squares of millions of weights lose the last digits of the norm.
     units = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), dtype=precision)
     return torch.linalg.vector_norm(units)
+
+
+def refuse_sharded(weight: Tensor, what: str) -> None:
+    """Refuse a weight that is a DTensor, in a sentence that begins with `what`.
+
+    Raises:
+        InputError: the weight is sharded.
+    """
+    if hasattr(weight, "full_tensor"):
+        raise plugins.InputError(f"{what} is sharded (fully_shard): use DistributedDataParallel")
 
 
 def check_choice(option: str, value: object, choices: Any) -> None:

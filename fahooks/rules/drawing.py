@@ -14,7 +14,9 @@ from fahooks.rules.base import Rule, check_choice, check_positive
 def random_matrix(
     size: Sequence[int], device: torch.device, distribution: str, deviation: float, seed: int, draw: Tensor | None = None
 ) -> Tensor:
-    """A random matrix of mean 0 in float32, a pure function of its arguments; one operation, since no compiler traces a generator.
+    """A random matrix of mean 0 in float32, a pure function of its arguments.
+
+    One operation, since no compiler traces a generator.
 
     Arguments:
         size: its shape.
@@ -24,10 +26,9 @@ def random_matrix(
         seed: a number below 2^63.
         draw: int64 [], on the CPU: which one of a series of matrices.
     """
+    seed = seed if draw is None else (seed + int(draw)) % 2**63
     matrix = torch.empty(size, dtype=torch.float32, device=device)
-    if device.type != "meta":
-        seed = seed if draw is None else (seed + int(draw)) % 2**63
-        fill(matrix, distribution, deviation, torch.Generator(device).manual_seed(seed))
+    fill(matrix, distribution, deviation, torch.Generator(device).manual_seed(seed))
     return matrix
 
 
@@ -68,7 +69,13 @@ def draw(
     check_draw(init, distribution, gain)
     matrix = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     fill(matrix, distribution, deviation(init=init, gain=gain, fan_in=fan_in, fan_out=fan_out), generator)
-    return torch.empty_like(weight, requires_grad=False).copy_(matrix)
+    return as_weight(matrix, weight)
+
+
+def as_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+    """A copy of a matrix with dtype, device and memory format of a weight; whole, also where the weight is sharded."""
+    layout = torch.empty_strided(weight.shape, weight.stride(), device="meta")
+    return torch.empty_like(layout, dtype=weight.dtype, device=weight.device).copy_(matrix)
 
 
 def fill(matrix: Tensor, distribution: str, deviation: float, generator: torch.Generator) -> None:

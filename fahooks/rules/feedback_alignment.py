@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fahooks.rules.base import Rule, check_choice, register_rule
-from fahooks.rules.drawing import check_draw, deviation, random_matrix, seed_of
+from fahooks.rules.drawing import as_weight, check_draw, deviation, random_matrix, seed_of
 
 
 @register_rule("fa", paper="Lillicrap et al. 2016, https://doi.org/10.1038/ncomms13276")
@@ -43,8 +43,7 @@ class FeedbackAlignment(Rule):
         self.seed = seed_of(generator)
         self.deviation = deviation(init=self.init, gain=self.gain, fan_in=fan_in, fan_out=fan_out)
         if self.storage == "matrix":
-            kept = torch.empty_like(weight, requires_grad=False)
-            self.register_buffer("matrix", kept.copy_(self.draw(weight, torch.device("cpu"))))
+            self.register_buffer("matrix", as_weight(self.draw(weight, torch.device("cpu")), weight))
 
     def draw(self, weight: Tensor, device: torch.device) -> Tensor:
         """B from its seed, float32, of the shape of `weight`."""

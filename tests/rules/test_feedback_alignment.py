@@ -139,7 +139,7 @@ def test_a_seed_in_place_of_the_matrix_sends_the_same_and_keeps_nothing(rule: st
     assert not torch.equal(gradients["seed", 1], gradients["seed", 0]), "control: every seed draws the same"
 
 
-def test_a_seed_in_place_of_the_matrix_works_under_autocast_and_on_the_meta_device() -> None:
+def test_a_seed_in_place_of_the_matrix_works_under_autocast() -> None:
     layer = nn.Linear(4, 3)
     fahooks.convert(layer, "fa", storage="seed")
     x = torch.ones(2, 4, requires_grad=True)
@@ -147,13 +147,6 @@ def test_a_seed_in_place_of_the_matrix_works_under_autocast_and_on_the_meta_devi
         layer(x).sum().backward()
     expected = torch.ones(2, 3, dtype=torch.bfloat16) @ feedback_rules(layer)[""](layer.weight).bfloat16()
     torch.testing.assert_close(x.grad, expected.float())
-    with torch.device("meta"):
-        empty = nn.Linear(4, 3)
-        fahooks.convert(empty, "fa", storage="seed")
-        x = torch.ones(2, 4, requires_grad=True)
-    empty(x).sum().backward()
-    assert x.grad is not None
-    assert x.grad.is_meta
 
 
 @pytest.mark.parametrize("rule", ["kp", "wm"])
