@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Tests run side by side; more threads than cores only slow them down.
 torch.set_num_threads(1)
+# So does inductor's pool of compiling processes, and one that died fails all tests that follow.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # Shapes are tiny, but a busy machine may still stop for longer than the deadline of a single example.
 settings.register_profile("fahooks", deadline=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 from torch.optim import Optimizer
 
@@ -40,6 +42,9 @@ class KolenPollack(LearningRule, FeedbackAlignment):
         super().attach(weight, optimizer)
         _group(weight, optimizer)["params"].append(self.matrix)
         self.updated = self.matrix
+        # Momentum that W has gathered, and what Adagrad prepares when it is made, are B's as well.
+        if optimizer.state.get(weight) and self.matrix not in optimizer.state:
+            optimizer.state[self.matrix] = copy.deepcopy(optimizer.state[weight])
 
     def before_step(self, weight: nn.Parameter) -> None:
         """Give B the gradient of W.

@@ -113,6 +113,21 @@ def test_b_follows_the_schedule_of_the_learning_rate():
     torch.testing.assert_close([w - b for w, b in pairs(model)], [factor * old for old in before], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("late", [0, 3])
+def test_momentum_that_the_weight_has_gathered_moves_b_as_well(late: int):
+    model = net()
+    fahooks.convert(model, "bp")
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.02)
+    train(model, optimizer, late)
+    fahooks.convert(model, "kp")
+    fahooks.attach(model, optimizer)
+    before = [(w - b).clone() for w, b in pairs(model)]
+    train(model, optimizer, 1)
+    # The gradients are the same, and so is the momentum, save that of weight decay: W - B moves by decay alone.
+    for (w, b), old in zip(pairs(model), before, strict=True):
+        torch.testing.assert_close(w - b, (1 - 0.1 * 0.02) * old, rtol=1e-10, atol=1e-12)
+
+
 def test_a_resumed_training_ends_with_the_same_bits():
     def made() -> tuple[nn.Sequential, Optimizer, Any]:
         model = net()
