@@ -22,6 +22,16 @@ from torch.autograd.function import once_differentiable
 Feedback = Callable[[Tensor], Tensor]
 
 
+def _once_differentiable(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """As torch's decorator of that name, which costs time also where nobody asks for a graph of the backward pass."""
+    refusing = once_differentiable(backward)
+
+    def chosen(ctx: Any, grad_output: Tensor) -> Any:
+        return refusing(ctx, grad_output) if torch.is_grad_enabled() else backward(ctx, grad_output)
+
+    return chosen
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, feedback: Feedback) -> Tensor:
@@ -30,7 +40,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(input, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
@@ -64,7 +74,7 @@ class _Convolution(torch.autograd.Function):
         return torch.convolution(input, weight, bias, *settings)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
@@ -82,7 +92,7 @@ class _Product(torch.autograd.Function):
         return operation(*operands)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         operands: list[Tensor] = [operand.detach() for operand in ctx.saved_tensors]
         needed = ctx.needs_input_grad[3:]
@@ -239,14 +249,15 @@ def _sends_error(input: Tensor) -> bool:
     return torch.is_grad_enabled() and input.requires_grad
 
 
-def _expand(value: int | Sequence[int], dimensions: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * dimensions if len(values) == 1 else values
+def _expand(value: int | Sequence[int], dimensions: int) -> Sequence[int]:
+    if isinstance(value, int):
+        return (value,) * dimensions
+    return tuple(value) * dimensions if len(value) == 1 else value
 
 
 def _resolve_padding(
-    input: Tensor, weight: Tensor, padding: str, stride: list[int], dilation: list[int]
-) -> tuple[Tensor, list[int]]:
+    input: Tensor, weight: Tensor, padding: str, stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, Sequence[int]]:
     """Numeric padding for "valid" and "same"; what "same" needs on one side only is padded here, as torch does."""
     if padding == "valid":
         return input, [0] * len(dilation)
@@ -261,13 +272,13 @@ def _resolve_padding(
     return input, [total // 2 for total in totals]
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast as autocast would: inside an autograd function it no longer could record the casts."""
-    device = next(t.device.type for t in tensors if t is not None)
+    device = input.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
+        return input, *others
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.dtype in _AUTOCAST_FROM else t for t in tensors)
+    return tuple(t.to(dtype) if t is not None and t.dtype in _AUTOCAST_FROM else t for t in (input, *others))
 
 
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)

@@ -30,12 +30,14 @@ class FeedbackLayer(nn.Module):
         feedback_enabled: False inside `fahooks.backprop`.
         functional_weights: for a module that uses weights functionally, their names (of its own or of children); else None.
         at_output: whether it is a block, at whose output the rule sends its error, with backpropagation inside.
+        one_call: for a class whose forward is one call of the core and nothing else, that call; else None.
     """
 
     feedback: nn.Module
     feedback_enabled: bool
     functional_weights: tuple[str, ...] | None
     at_output: bool
+    one_call: Callable[[Tensor, Tensor, functional.Feedback], Tensor] | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward, its weights' calls routed through the feedback rule where gradients are recorded."""
@@ -44,6 +46,11 @@ class FeedbackLayer(nn.Module):
         if self.at_output:
             block: Any = self.feedback
             return block.cut(super().forward(*args, **kwargs))
+        if self.one_call is not None and len(args) == 1 and not kwargs and not isinstance(self.feedback, DirectRule):
+            weight: Any = self.weight
+            feedback = self.feedback_for(weight)
+            if feedback is not None:
+                return self.one_call(args[0], weight, feedback)
         if self._uses_parametrized_weights():
             # A parametrization computes a new tensor each time it is asked: kept, it is known again where it is used. torch's
             # attention asks for its packed projection three times a pass in training: spectral_norm then moves once, not thrice.
@@ -75,12 +82,12 @@ class FeedbackLayer(nn.Module):
 
     def _owns(self, weight: Tensor) -> bool:
         """Whether a weight is this layer's parameter or made of it; another parameter is not."""
-        if not isinstance(weight, nn.Parameter):
+        if weight is self._parameters.get("weight") or not isinstance(weight, nn.Parameter):
             return True
         if parametrize.is_parametrized(self, "weight"):
             parametrizations: Any = self.parametrizations
             return any(weight is original for original in parametrizations["weight"].parameters())
-        return weight is self._parameters.get("weight")
+        return False
 
     def _sends_error(self, args: Any, kwargs: Any) -> bool:
         """False where nothing asks for a gradient: attention may then take torch's fast path, which a mode would close."""
@@ -265,6 +272,42 @@ PRODUCTS = frozenset(
 """Products of two operands, in which an adapter may name a weight."""
 
 
+OneCall = Callable[[Any, Tensor, Tensor, functional.Feedback], Tensor]
+
+
+def _call_linear(layer: Any, input: Tensor, weight: Tensor, feedback: functional.Feedback) -> Tensor:
+    return functional.ROUTES[F.linear](input, weight, layer.bias, feedback=feedback)
+
+
+def _make_call(convolution: Callable[..., Tensor]) -> OneCall:
+    def call(layer: Any, input: Tensor, weight: Tensor, feedback: functional.Feedback) -> Tensor:
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            input, padding = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+        core = functional.ROUTES[convolution]
+        return core(input, weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups, feedback=feedback)
+
+    return call
+
+
+ONE_CALL: dict[type[nn.Module], OneCall] = {
+    nn.Linear: _call_linear,
+    nn.Conv1d: _make_call(F.conv1d),
+    nn.Conv2d: _make_call(F.conv2d),
+    nn.Conv3d: _make_call(F.conv3d),
+}
+"""Layers whose forward is one call of the core. A mode, which finds that call in any forward, takes as long as a small layer."""
+
+
+def _one_call(cls: type[nn.Module]) -> OneCall | None:
+    """The call that a class does in its forward, if it inherits that of a layer in `ONE_CALL`."""
+
+    def does_as(plain: Any) -> bool:
+        return all(getattr(cls, name, None) is getattr(plain, name, None) for name in ("forward", "_conv_forward"))
+
+    return next((call for plain, call in ONE_CALL.items() if does_as(plain)), None)
+
+
 def _found(tensor: Tensor, noted: Sequence[tuple[Tensor, functional.Feedback]]) -> functional.Feedback | None:
     return next((feedback for other, feedback in noted if tensor is other), None)
 
@@ -304,7 +347,12 @@ def feedback_class(cls: type[nn.Module]) -> type[nn.Module]:
     """`Feedback<Class>` for a layer class; one for each class, so that compiled guards on the type hold."""
     made = _feedback_classes.get(cls)
     if made is None:
-        namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "plain_class": cls}
+        namespace = {
+            "__module__": cls.__module__,
+            "__doc__": cls.__doc__,
+            "plain_class": cls,
+            "one_call": _one_call(cls),
+        }
         made = types.new_class(f"Feedback{cls.__name__}", (FeedbackLayer, cls), exec_body=lambda ns: ns.update(namespace))
         _feedback_classes[cls] = made
     return made
