@@ -10,12 +10,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 # Root installs as it is; others where sudo asks for no password.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
 HAS_COMPILER := command -v g++ >/dev/null && test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
+HAS_FFCV_LIBRARIES := pkg-config --exists opencv4 libturbojpeg 2>/dev/null
 
-.PHONY: help demo test lint clean compiler
+.PHONY: help demo test lint clean compiler ffcv
 
 help:
 	@echo "make demo       create $(VENV), install fahooks, run its quickstart"
 	@echo "make test       create $(VENV), install fahooks and what its tests need, run every test"
+	@echo "make ffcv       add FFCV to $(VENV), and the libraries that it is built against to the system (Debian, Ubuntu)"
 	@echo "make lint       ruff and pyright"
 	@echo "make clean      remove $(VENV) and everything else that was built"
 
@@ -24,13 +26,17 @@ demo: $(VENV)/installed
 	$(BIN)/fahooks quickstart
 
 test: $(VENV)/installed-dev compiler
+	@if $(HAS_FFCV_LIBRARIES); then $(MAKE) --no-print-directory ffcv; fi || true
+	@test -e $(VENV)/installed-ffcv || echo "== FFCV is not in $(VENV), where make ffcv puts it: the tests that need it are skipped"
 	@echo "== Running the tests on $(WORKERS) workers; those on real data look under FAHOOKS_DATA ($${FAHOOKS_DATA:-not set: they are skipped})"
 	$(PYTEST)
 
 compiler:
 	@$(HAS_COMPILER) || { echo "== Installing g++ and Python's headers, which torch.compile needs"; \
-		$(AS_ROOT) apt-get install --quiet --yes g++ python3-dev \
+		{ $(AS_ROOT) apt-get update --quiet && $(AS_ROOT) apt-get install --quiet --yes g++ python3-dev; } \
 		|| echo "== They could not be installed: the tests that need them are skipped"; }
+
+ffcv: $(VENV)/installed-ffcv
 
 lint: $(VENV)/installed-dev
 	@echo "== Checking style, format and types: ruff, pyright"
@@ -54,6 +60,15 @@ $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/created pyproject.toml constraints.txt
 	@echo "== Installing fahooks and what its tests need into $(VENV), with the tested versions of constraints.txt"
 	$(INSTALL) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/installed-ffcv: $(VENV)/installed-dev | compiler
+	@$(HAS_FFCV_LIBRARIES) || { echo "== Installing OpenCV and libjpeg-turbo, which FFCV is built against"; \
+		$(AS_ROOT) apt-get update --quiet && \
+		$(AS_ROOT) apt-get install --quiet --yes --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config; }
+	@echo "== Building FFCV into $(VENV)"
+	$(INSTALL) --editable ".[dev,ffcv]"
+	$(BIN)/python -c "import ffcv"
 	@touch $@
 
 clean:
