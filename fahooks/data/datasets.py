@@ -9,41 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
 
+from fahooks.data.examples import Images
 from fahooks.data.order import shuffled
 from fahooks.plugins import InputError, datasets
 
 if TYPE_CHECKING:
     from torchvision.datasets import MNIST
-
-
-@dataclass(frozen=True)
-class Images:
-    """Labelled images.
-
-    Arguments:
-        pixels: uint8 [N, C, H, W].
-        labels: int64 [N].
-    """
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Tensor) -> Images:
-        return Images(self.pixels[index], self.labels[index])
-
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel over all pixels, float32 [C] each, in units of 0 to 255."""
-        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in self.pixels.transpose(0, 1)]).double()
-        counts /= counts.sum(1, keepdim=True)
-        levels = torch.arange(256, dtype=torch.float64)
-        mean = counts @ levels
-        variance = counts @ levels**2 - mean**2
-        return mean.float(), variance.sqrt().float()
 
 
 @dataclass(frozen=True)
@@ -65,8 +37,7 @@ class Dataset:
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape (C, H, W) of an image."""
-        channels, height, width = self.train.pixels.shape[1:]
-        return channels, height, width
+        return self.train.shape
 
 
 def default_root() -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fahooks.data.datasets import Dataset, Images
+from fahooks.data.datasets import Dataset
+from fahooks.data.examples import Images
 from fahooks.data.order import shuffled
 from fahooks.plugins import InputError, datasets
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fahooks.data.datasets import Dataset, Images
+import torch
+
+from fahooks.data.datasets import Dataset
+from fahooks.data.examples import Examples
 from fahooks.data.order import shuffled
 from fahooks.plugins import InputError
 
@@ -13,9 +16,9 @@ from fahooks.plugins import InputError
 class Split:
     """Three disjoint sets of images."""
 
-    train: Images
-    validation: Images
-    test: Images
+    train: Examples
+    validation: Examples
+    test: Examples
 
 
 def split(dataset: Dataset, *, validation: int | float, limit: int | None, seed: int) -> Split:
@@ -37,4 +40,9 @@ def split(dataset: Dataset, *, validation: int | float, limit: int | None, seed:
             f"data.validation={validation} takes {held_out} of the {len(order)} training images of {dataset.name}: "
             "set it so that at least one image is left on each side"
         )
-    return Split(dataset.train[order[held_out:]], dataset.train[order[:held_out]], dataset.test)
+    train = f"{dataset.name}/train"
+    return Split(
+        train=Examples(train, dataset.train, order[held_out:]),
+        validation=Examples(train, dataset.train, order[:held_out]),
+        test=Examples(f"{dataset.name}/test", dataset.test, torch.arange(len(dataset.test))),
+    )

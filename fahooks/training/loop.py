@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fahooks.data import MemoryLoader
+from fahooks.data import Stream
 from fahooks.plugins import InputError
 from fahooks.probes import Probe
 from fahooks.rules import targets
@@ -138,7 +138,8 @@ def train_epoch(
     seen = 0
     started = time.perf_counter()
     shown: dict[str, Any] = {}
-    for batch in setup.train.epoch(epoch):
+    setup.train.set_epoch(epoch)
+    for batch in setup.train:
         if every and progress.step % every == 0:
             _measure(setup, p, batch.images, batch.labels)
             _log_probe(run, board, p, epoch, progress.step)
@@ -172,17 +173,17 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(setup: Setup, loader: MemoryLoader, name: str) -> dict[str, Any]:
-    """Mean cross-entropy and error (percent) over all images of `loader`, in evaluation mode, as NAME_loss and NAME_error."""
+def evaluate(setup: Setup, stream: Stream, name: str) -> dict[str, Any]:
+    """Mean cross-entropy and error (percent) over all images of `stream`, in evaluation mode, as NAME_loss and NAME_error."""
     setup.model.eval()
     loss = 0.0
     wrong = 0
-    for batch in loader.in_order():
+    for batch in stream:
         with setup.autocast:
             logits = setup.model(batch.images)
         loss += F.cross_entropy(logits.float(), batch.labels, reduction="sum").item()
         wrong += int((logits.argmax(1) != batch.labels).sum())
-    return {f"{name}_loss": loss / loader.images, f"{name}_error": 100 * wrong / loader.images}
+    return {f"{name}_loss": loss / stream.images, f"{name}_error": 100 * wrong / stream.images}
 
 
 def _measure(setup: Setup, p: Probe, images: Tensor, labels: Tensor) -> None:

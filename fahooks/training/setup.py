@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fahooks import models
-from fahooks.data import Augment, Batch, Dataset, MemoryLoader, Split, load, split
+from fahooks.data import Augment, Batch, Dataset, Loader, Split, Stream, View, load, split
 from fahooks.hooks import Attachment, attach
 from fahooks.observation import as_found
 from fahooks.plugins import InputError, augmentations, hooks, loaders, rules
@@ -36,9 +37,9 @@ class Setup:
         recipe: what it was made from, automatic choices made and defaults written out.
         choices: what was chosen where the recipe said "auto", and why, by dotted key.
         device: where model and images are.
-        train: loader of the images to learn from.
-        validation: loader of the images that choose the best epoch.
-        test: loader of the images that only the finished model sees.
+        train: the images to learn from.
+        validation: the images that choose the best epoch.
+        test: the images that only the finished model sees.
         model: the network, converted.
         forward: the model, or its compiled version.
         report: what the conversion did.
@@ -51,9 +52,9 @@ class Setup:
     recipe: Recipe
     choices: dict[str, str]
     device: torch.device
-    train: MemoryLoader
-    validation: MemoryLoader
-    test: MemoryLoader
+    train: Stream
+    validation: Stream
+    test: Stream
     model: nn.Module
     forward: Callable[[Tensor], Tensor]
     report: Report
@@ -77,7 +78,7 @@ def prepare(recipe: Recipe) -> Setup:
     dataset = load(recipe.data.dataset, root=recipe.data.root, download=recipe.data.download)
     recipe = resolve(recipe, dataset)
     parts = split(dataset, validation=recipe.data.validation, limit=recipe.data.limit, seed=recipe.seed)
-    train, validation, test = _loaders(recipe, parts, device)
+    train, validation, test = _streams(recipe, parts, device)
 
     torch.manual_seed(recipe.seed)
     shape = seen_shape(recipe, dataset)
@@ -87,7 +88,7 @@ def prepare(recipe: Recipe) -> Setup:
     if recipe.train.channels_last:
         model = cast(Any, model).to(memory_format=torch.channels_last)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
-    _try(model, recipe.model.name, next(train.in_order()), dataset.classes, autocast)
+    _try(model, recipe.model.name, next(iter(train)), dataset.classes, autocast)
     optimizer = make_optimizer(model, recipe.optim)
     return Setup(
         recipe=recipe,
@@ -182,23 +183,26 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _loaders(recipe: Recipe, parts: Split, device: torch.device) -> tuple[MemoryLoader, MemoryLoader, MemoryLoader]:
-    """Loaders of the three sets; all are normalised by the statistics of the images that are trained on."""
-    make = loaders.get(recipe.data.loader).build
+def _streams(recipe: Recipe, parts: Split, device: torch.device) -> tuple[Stream, Stream, Stream]:
+    """Streams of the three sets; all are normalised by the statistics of the images that are trained on."""
+    loader: Loader = loaders.get(recipe.data.loader).build()
     mean, std = parts.train.statistics()
-    common = {
-        "mean": mean,
-        "std": std,
-        "seed": recipe.seed,
-        "device": device,
-        "channels_last": recipe.train.channels_last,
-        "augment": Augment(recipe.data.augment, seed=recipe.seed),
-    }
+    augment = Augment(recipe.data.augment, seed=recipe.seed)
     # Large images do not fit into memory by the hundreds; a batch that can be trained on can be evaluated.
-    small = parts.train.pixels[0].numel() <= SMALL_IMAGE
-    evaluated = EVALUATION_BATCH if small else recipe.data.batch_size
-    return (
-        make(images=parts.train, batch_size=recipe.data.batch_size, **common),
-        make(images=parts.validation, batch_size=evaluated, **common),
-        make(images=parts.test, batch_size=evaluated, **common),
+    small = math.prod(augment.shape(parts.train.shape)) <= SMALL_IMAGE
+    training = View(
+        batch_size=recipe.data.batch_size,
+        training=True,
+        mean=mean,
+        std=std,
+        seed=recipe.seed,
+        device=device,
+        channels_last=recipe.train.channels_last,
+        augment=augment,
     )
+    evaluation = replace(training, training=False, batch_size=EVALUATION_BATCH if small else recipe.data.batch_size)
+    views = ((parts.train, training), (parts.validation, evaluation), (parts.test, evaluation))
+    for examples, _ in views:
+        loader.prepare(examples)
+    train, validation, test = (loader.open(examples, view) for examples, view in views)
+    return train, validation, test

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fahooks.data import datasets
-from fahooks.data.datasets import Images
 from fahooks.plugins import InputError, UnknownName
 
 
@@ -49,14 +48,6 @@ def test_digits_are_split_once_and_for_all():
     images, _ = load_digits(return_X_y=True)
     expected = torch.from_numpy(images).mul(255 / 16).round().byte()
     assert sorted(map(tuple, every.tolist())) == sorted(map(tuple, expected.tolist()))
-
-
-def test_statistics_are_those_of_the_pixels():
-    pixels = torch.randint(0, 256, (7, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    mean, std = Images(pixels, torch.zeros(7).long()).statistics()
-    by_channel = pixels.double().transpose(0, 1).flatten(1)
-    torch.testing.assert_close(mean, by_channel.mean(1).float())
-    torch.testing.assert_close(std, by_channel.std(1, correction=0).float())
 
 
 def test_mnist_on_disk_is_read_without_a_download(small_mnist: Path):

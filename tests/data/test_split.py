@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fahooks.data.datasets import Dataset, Images
+from fahooks.data import Dataset, Images
 from fahooks.data.split import split
 from fahooks.plugins import InputError
 
@@ -37,7 +37,7 @@ def test_the_seed_decides_which():
 
 def test_images_keep_their_labels():
     parts = split(DATASET, validation=30, limit=None, seed=0)
-    assert torch.equal(parts.train.pixels.flatten(), parts.train.labels.byte())
+    assert torch.equal(parts.train.source.pixels[parts.train.places].flatten(), parts.train.labels.byte())
 
 
 @pytest.mark.parametrize(("validation", "limit"), [(100, None), (200, None), (0.001, None), (50, 50), (0.9999, None)])

@@ -56,7 +56,7 @@ def test_a_plugin_hook_is_used_in_python_and_in_recipes(
 
     with torch.random.fork_rng():
         setup = prepare(load(Source("r.yaml", RECIPE)))
-    batch = next(setup.train.epoch(1))
+    batch = next(iter(setup.train))
     nn.functional.cross_entropy(setup.forward(batch.images), batch.labels).backward()
     setup.optimizer.step()
     largest = {name: setup.model.get_parameter(f"{name}.weight").abs().max().item() for name in ("conv1", "dense", "output")}

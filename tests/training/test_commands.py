@@ -104,7 +104,7 @@ def test_quickstart_sets_the_rules_itself(in_tmp: Path):
 def test_quickstart_fits_real_mnist(data_root: Path):
     setup = prepare(load("quickstart", (*SMALL, "data.dataset=mnist", f"data.root={data_root}", "data.download=false")))
     assert (setup.train.images, setup.test.images) == (96, 10_000)
-    assert setup.model(next(setup.train.epoch(1)).images).shape == (50, 10)
+    assert setup.model(next(iter(setup.train)).images).shape == (50, 10)
 
 
 def test_the_final_line_has_test_error_paper_epoch_time_and_place():

@@ -61,7 +61,8 @@ def test_the_loop_takes_the_steps_of_a_loop_written_by_hand(tiny: Tiny, run: Run
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4, fused=True)
     for epoch in (1, 2, 3):
         optimizer.param_groups[0]["lr"] = 5e-4 if epoch < 3 else 5e-4 * 0.1
-        for batch in setup.train.epoch(epoch):
+        setup.train.set_epoch(epoch)
+        for batch in setup.train:
             optimizer.zero_grad()
             F.cross_entropy(model(batch.images), batch.labels).backward()
             optimizer.step()
@@ -203,7 +204,7 @@ def test_the_reported_test_error_is_that_of_the_saved_weights(run: Run, tiny: Ti
     plain = models.build("paper/mnist", image_size=8).eval()
     checkpoint.load_weights(directory.best, plain)
     with torch.no_grad():
-        wrong = sum(int((plain(b.images).argmax(1) != b.labels).sum()) for b in setup.test.in_order())
+        wrong = sum(int((plain(b.images).argmax(1) != b.labels).sum()) for b in setup.test)
     assert result.test_error == pytest.approx(100 * wrong / 360)
 
 
@@ -242,7 +243,7 @@ def test_evaluation_is_in_evaluation_mode_and_counts_every_image(tiny: Tiny):
     assert first == second
     setup.model.eval()
     with torch.no_grad():
-        logits = torch.cat([setup.model(b.images) for b in setup.test.in_order()])
+        logits = torch.cat([setup.model(b.images) for b in setup.test])
     labels = setup.test.labels
     assert first["test_error"] == pytest.approx(100 * (logits.argmax(1) != labels).float().mean().item())
     assert first["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fahooks.data import Stream
 from fahooks.data import load as load_data
+from fahooks.data.memory import MemoryStream
 from fahooks.hooks import Alignment, FreezeSigns
 from fahooks.plugins import InputError, rules
 from fahooks.recipe import Recipe, Source, load
@@ -18,18 +20,24 @@ from fahooks.training.setup import prepare, resolve
 Tiny = Callable[..., Recipe]
 
 
+def stored(stream: Stream) -> torch.Tensor:
+    """The pixels that the memory loader holds."""
+    assert isinstance(stream, MemoryStream)
+    return stream.pixels
+
+
 def test_everything_of_a_run_is_made(tiny: Tiny):
     setup = prepare(tiny())
     assert (setup.train.images, setup.validation.images, setup.test.images) == (160, 60, 360)
     assert list(feedback_layers(setup.model)) == setup.report.converted == ["conv1", "conv2", "dense", "output"]
     assert {id(p) for p in setup.model.parameters()} == {id(p) for g in setup.optimizer.param_groups for p in g["params"]}
-    assert setup.train.pixels.dtype == torch.uint8
-    assert setup.model(next(setup.train.epoch(0)).images).shape == (32, 10)
+    assert stored(setup.train).dtype == torch.uint8
+    assert setup.model(next(iter(setup.train)).images).shape == (32, 10)
 
 
 def test_images_are_normalised_by_those_that_are_trained_on(tiny: Tiny):
     setup = prepare(tiny())
-    images = torch.cat([batch.images for batch in setup.train.in_order()])
+    images = torch.cat([batch.images for batch in setup.train])
     assert abs(images.mean().item()) < 1e-5 and abs(images.std(correction=0).item() - 1) < 1e-4
     for other in (setup.validation, setup.test):
         assert torch.equal(other.mean, setup.train.mean) and torch.equal(other.std, setup.train.std)
@@ -41,8 +49,8 @@ def test_the_seed_decides_weights_feedback_and_split(tiny: Tiny):
     assert all(torch.equal(value, same[key]) for key, value in state.items())
     for key in ("conv1.weight", "conv1.feedback.matrix"):
         assert not torch.equal(state[key], different[key])
-    assert torch.equal(first.validation.pixels, again.validation.pixels)
-    assert not torch.equal(first.validation.pixels, other.validation.pixels)
+    assert torch.equal(stored(first.validation), stored(again.validation))
+    assert not torch.equal(stored(first.validation), stored(other.validation))
 
 
 def test_all_rules_start_from_the_same_weights(tiny: Tiny):
@@ -85,7 +93,7 @@ def test_channels_last_and_bf16_reach_model_and_images(tiny: Tiny):
     setup = prepare(tiny("train.channels_last=true", "train.precision=bf16"))
     assert setup.model.get_parameter("conv2.weight").is_contiguous(memory_format=torch.channels_last)
     with setup.autocast:
-        assert setup.forward(next(setup.train.epoch(0)).images).dtype == torch.bfloat16
+        assert setup.forward(next(iter(setup.train)).images).dtype == torch.bfloat16
 
 
 def test_threads_are_set_only_if_given(tiny: Tiny):
@@ -137,23 +145,23 @@ def test_choices_and_defaults_are_written_into_the_recipe(tiny: Tiny, tmp_path: 
 def test_the_model_is_made_for_the_images_as_it_sees_them(tiny: Tiny):
     setup = prepare(tiny("data.augment=[{crop: {size: 6}}, {flip: {}}]"))
     assert setup.recipe.model.options["image_size"] == 6
-    for loader in (setup.train, setup.validation, setup.test):
-        assert next(loader.in_order()).images.shape[1:] == (1, 6, 6)
-    batch = next(setup.train.epoch(1))
+    for stream in (setup.train, setup.validation, setup.test):
+        assert next(iter(stream)).images.shape[1:] == (1, 6, 6)
+    batch = next(iter(setup.train))
     assert batch.images.shape == (32, 1, 6, 6)
     assert setup.model(batch.images).shape == (32, 10)
-    centre = setup.validation.pixels[:, :, 1:7, 1:7].float()
-    evaluated = torch.cat([batch.images for batch in setup.validation.in_order()])
+    centre = stored(setup.validation)[:, :, 1:7, 1:7].float()
+    evaluated = torch.cat([batch.images for batch in setup.validation])
     assert torch.equal(evaluated, (centre - setup.validation.mean) / setup.validation.std)
 
 
 def test_augmentation_follows_the_seed_of_the_recipe_and_the_epoch(tiny: Tiny):
     augment = "data.augment=[{crop: {padding: 2}}]"
     first, again, other = (prepare(tiny(augment, f"seed={s}")).train for s in (0, 0, 1))
-    pixels, index = first.pixels[:50], torch.arange(50)
-    assert torch.equal(first.augment.train(pixels, 1, index), again.augment.train(pixels, 1, index))
-    assert not torch.equal(first.augment.train(pixels, 1, index), other.augment.train(pixels, 1, index))
-    assert not torch.equal(first.augment.train(pixels, 1, index), first.augment.train(pixels, 2, index))
+    pixels, index = stored(first)[:50], torch.arange(50)
+    assert torch.equal(first.view.augment.train(pixels, 1, index), again.view.augment.train(pixels, 1, index))
+    assert not torch.equal(first.view.augment.train(pixels, 1, index), other.view.augment.train(pixels, 1, index))
+    assert not torch.equal(first.view.augment.train(pixels, 1, index), first.view.augment.train(pixels, 2, index))
 
 
 def test_the_options_of_augmentations_are_written_out(tiny: Tiny):
@@ -168,9 +176,9 @@ def test_a_crop_that_does_not_fit_the_images_is_one_line(tiny: Tiny):
 
 
 def test_large_images_are_evaluated_in_batches_as_they_are_trained_on(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
-    assert [prepare(tiny()).validation.batch_size, prepare(tiny()).train.batch_size] == [500, 32]
+    assert [prepare(tiny()).validation.view.batch_size, prepare(tiny()).train.view.batch_size] == [500, 32]
     monkeypatch.setattr(preparation, "SMALL_IMAGE", 63)
-    assert prepare(tiny()).test.batch_size == prepare(tiny()).validation.batch_size == 32
+    assert prepare(tiny()).test.view.batch_size == prepare(tiny()).validation.view.batch_size == 32
 
 
 @pytest.mark.parametrize(

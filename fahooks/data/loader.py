@@ -1,0 +1,185 @@
+"""Loaders: what feeds batches. All give the same batches for the same recipe; they differ in where pixels come from.
+
+A loader of your own is a `Loader` whose `open` gives a `Stream`, of which only `decoded` is yours to write: the order, the
+shares of ranks, labels and normalisation are the same for all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from fahooks.data.augmentation import Augment
+from fahooks.data.examples import Examples
+from fahooks.data.order import Share, epoch_order, shares
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a stream yields: a rank's share of a global batch.
+
+    Arguments:
+        images: float32 [N, C, H, W], normalised, on the training device.
+        labels: int64 [N], on the training device.
+        index: int64 [N] on the CPU, the place of each example in its split.
+        valid: bool [N], on the training device; False where an example is not to be learned from or counted: it only fills the
+            batch up (in distributed evaluation, or for a rank that would have none), or its file was corrupt and skipped.
+        count: examples of the global batch, over all ranks, without those that only fill up.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    valid: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class View:
+    """How a split is looked at.
+
+    Arguments:
+        batch_size: examples of a global batch, over all ranks; the last batch of an epoch may be smaller.
+        training: shuffled by `epoch_order` and augmented; otherwise in order, and as the finished model sees them.
+        mean: what to subtract from each channel, float32 [C], in units of 0 to 255.
+        std: what to divide each channel by, float32 [C]; zero counts as one.
+        seed: with the epoch it fixes the order.
+        device: where batches are wanted.
+        channels_last: give images in that memory format.
+        augment: what is done to the images; nothing by default.
+        rank: which of the ranks this is.
+        world: how many there are.
+        corrupt: whether a file that can not be decoded raises InputError, or is named in a warning and given as a black image
+            that is not valid.
+    """
+
+    batch_size: int
+    training: bool
+    mean: Tensor
+    std: Tensor
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    channels_last: bool = False
+    augment: Augment = field(default_factory=Augment)
+    rank: int = 0
+    world: int = 1
+    corrupt: Literal["refuse", "skip"] = "refuse"
+
+
+class Stream(ABC):
+    """An opened split: iterating gives the batches of an epoch. A context manager, which closes it.
+
+    Arguments:
+        examples: what to feed.
+        view: how.
+    """
+
+    def __init__(self, examples: Examples, view: View) -> None:
+        self.examples = examples
+        self.view = view
+        self.labels = examples.labels.to(view.device)
+        self.mean = view.mean.to(view.device).view(-1, 1, 1)
+        self.std = torch.where(view.std > 0, view.std, 1.0).to(view.device).view(-1, 1, 1)
+        self.epoch = 0
+        self.start = 0
+
+    @property
+    def images(self) -> int:
+        """How many examples the split has, over all ranks."""
+        return len(self.examples)
+
+    def __len__(self) -> int:
+        """How many batches an epoch has, the same on every rank."""
+        return -(-self.images // self.view.batch_size)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose what iterating gives: the batches of `epoch` from the one numbered `start` on. Evaluation knows no epochs."""
+        self.epoch = epoch
+        self.start = start
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of the epoch. Whoever stops early leaves no thread and no memory behind."""
+        with closing(self.decoded(list(self._shares()))) as decoded:
+            for share, pixels in decoded:
+                yield self._batch(share, pixels)
+
+    @abstractmethod
+    def decoded(self, shares: Sequence[Share]) -> Generator[tuple[Share, Tensor]]:
+        """What is asked for, in that order: each share with its images as the model sees them but for normalisation.
+
+        `augment` below does all of augmentation where images lie in memory. A share whose corrupt images are skipped comes back
+        with these marked in `valid`.
+
+        Arguments:
+            shares: all that will be asked for, so that work can begin early.
+
+        Returns:
+            A generator of shares and pixels, uint8 [n, C, H, W], on any device. No later step may overwrite them. What it holds
+            it gives back when it is closed.
+        """
+
+    def augment(self, pixels: Tensor, index: Tensor) -> Tensor:
+        """Images uint8 [n, C, H, W] as the view wants them in this epoch, but for normalisation."""
+        if self.view.training:
+            return self.view.augment.train(pixels, self.epoch, index.to(pixels.device))
+        return self.view.augment.evaluate(pixels)
+
+    def close(self) -> None:
+        """Give back all that the stream holds. Doing so twice is fine."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _shares(self) -> Iterator[Share]:
+        view = self.view
+        order = epoch_order(self.images, view.seed, self.epoch) if view.training else torch.arange(self.images)
+        return shares(order, view.batch_size, rank=view.rank, world=view.world, equal=not view.training, start=self.start)
+
+    def _batch(self, share: Share, pixels: Tensor) -> Batch:
+        device = self.labels.device
+        images = (pixels.to(device, non_blocking=True).float() - self.mean) / self.std
+        memory_format = torch.channels_last if self.view.channels_last else torch.contiguous_format
+        return Batch(
+            images=images.contiguous(memory_format=memory_format),
+            labels=self.labels[share.index.to(device)],
+            index=share.index,
+            valid=share.valid.to(device),
+            count=share.count,
+        )
+
+
+class Loader(ABC):
+    """Where streams come from. Options are arguments of `__init__`; registered in `fahooks.plugins.loaders`."""
+
+    @classmethod
+    def available(cls) -> str | None:
+        """None if it works here; else a sentence that says why not, with the line that installs what is missing."""
+        return None
+
+    def prepare(self, examples: Examples) -> None:
+        """Write what `open` needs on disk, once for all splits of `examples.source`; by default nothing.
+
+        Only rank 0 calls it. What is there and up to date is left alone; what is there is always complete.
+
+        Raises:
+            InputError: it can not be written, or the examples can not be read.
+        """
+        return
+
+    @abstractmethod
+    def open(self, examples: Examples, view: View) -> Stream:
+        """A stream over `examples`.
+
+        Raises:
+            InputError: the examples are not what this loader can feed, or do not fit.
+        """

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import torch
+from torch import Tensor
+
+from fahooks.data import Augment, Examples, Images, Share, Stream, View
+
+IMAGES = Images(torch.arange(10).byte().view(10, 1, 1, 1).expand(10, 1, 2, 2), torch.arange(100, 110))
+EXAMPLES = Examples("x", IMAGES, torch.arange(10))
+VIEW = View(batch_size=4, training=False, mean=torch.tensor([1.0]), std=torch.tensor([2.0]))
+
+
+class Noted(Stream):
+    """The smallest stream of its own, which notes what happens to it."""
+
+    def __init__(self, examples: Examples, view: View) -> None:
+        super().__init__(examples, view)
+        self.notes: list[str] = []
+
+    def decoded(self, shares: Sequence[Share]) -> Generator[tuple[Share, Tensor]]:
+        self.notes.append(f"asked for {len(shares)}")
+        try:
+            for share in shares:
+                yield share, self.augment(self.examples.source.pixels[share.index], share.index)
+        finally:
+            self.notes.append("closed")
+
+
+def test_a_stream_needs_nothing_but_pixels():
+    stream = Noted(EXAMPLES, VIEW)
+    batches = list(stream)
+    assert [b.index.tolist() for b in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert batches[0].labels.tolist() == [100, 101, 102, 103]
+    assert batches[1].images[:, 0, 0, 0].tolist() == [1.5, 2.0, 2.5, 3.0]
+    assert stream.notes == ["asked for 3", "closed"]
+
+
+def test_whoever_stops_early_closes_what_was_opened():
+    stream = Noted(EXAMPLES, VIEW)
+    for _ in stream:
+        assert stream.notes == ["asked for 3"]
+        break
+    assert stream.notes == ["asked for 3", "closed"]
+
+
+def test_two_ranks_see_each_example_once_and_equally_many():
+    counted: list[int] = []
+    for rank in (0, 1):
+        batches = list(Noted(EXAMPLES, View(**{**vars(VIEW), "rank": rank, "world": 2, "batch_size": 3})))
+        assert [len(b.labels) for b in batches] == [2, 2, 2, 1] and [b.count for b in batches] == [3, 3, 3, 1]
+        counted += [i for b in batches for i in b.index[b.valid].tolist()]
+    assert sorted(counted) == list(range(10))
+
+
+def test_training_is_augmented_by_epoch_and_evaluation_is_not():
+    moving = Augment([{"crop": {"padding": 1}}])
+    training = Noted(EXAMPLES, View(**{**vars(VIEW), "training": True, "augment": moving}))
+    first = torch.cat([b.images for b in training])
+    training.set_epoch(1)
+    assert not torch.equal(first, torch.cat([b.images for b in training]))
+    evaluation = Noted(EXAMPLES, View(**{**vars(VIEW), "augment": moving}))
+    first = torch.cat([b.images for b in evaluation])
+    evaluation.set_epoch(1)
+    assert torch.equal(first, torch.cat([b.images for b in evaluation]))
+
+
+def test_a_stream_is_a_context_manager():
+    with Noted(EXAMPLES, VIEW) as stream:
+        assert len(stream) == 3
+    stream.close()
