@@ -9,6 +9,7 @@ from fahooks.hooks import FreezeSigns as FreezeSigns
 from fahooks.hooks import Hook as Hook
 from fahooks.hooks import Manhattan as Manhattan
 from fahooks.hooks import attach as attach
+from fahooks.hooks import detach as detach
 from fahooks.hooks import list_hooks as list_hooks
 from fahooks.hooks import register_hook as register_hook
 from fahooks.probes import probe as probe

@@ -1,7 +1,7 @@
 """Hooks: weight constraints and gradient transforms that attach to a torch optimizer. One subject a file."""
 
 from fahooks.hooks.alignment import Alignment
-from fahooks.hooks.attachment import Attachment, attach
+from fahooks.hooks.attachment import Attachment, attach, detach
 from fahooks.hooks.base import Hook, list_hooks, register_hook
 from fahooks.hooks.constant_norm import ConstantNorm
 from fahooks.hooks.dale import Dale
@@ -17,6 +17,7 @@ __all__ = [
     "Hook",
     "Manhattan",
     "attach",
+    "detach",
     "list_hooks",
     "register_hook",
 ]

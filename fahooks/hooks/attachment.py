@@ -148,7 +148,7 @@ def attach(model: nn.Module, optimizer: Optimizer, *hooks: HookLike, total_steps
     Weights are changed in place and keep their identity. Any `torch.optim` optimizer will do, fused ones, closures and
     GradScalers included: a step that a scaler skips runs no hook. Only weights that this optimizer updates are acted on.
     Layers whose weight is computed from other parameters (weight_norm and other parametrizations, pruning) are left out.
-    Load a checkpoint of the optimizer after attaching, since `kp` gives it parameters.
+    Load a checkpoint of the optimizer after attaching, since `kp` gives it parameters. What is attached later comes on top.
 
     Arguments:
         model: converted beforehand, if at all.
@@ -183,6 +183,14 @@ def attach(model: nn.Module, optimizer: Optimizer, *hooks: HookLike, total_steps
     return Attachment(optimizer, parts, rules)
 
 
+def detach(optimizer: Optimizer) -> None:
+    """Take all that `attach` gave to `optimizer` off again, as `remove()` does, also where the handle was lost."""
+    owners = {getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values()}
+    for owner in owners:
+        if isinstance(owner, Attachment):
+            owner.remove()
+
+
 @torch.no_grad()
 def _initialise(
     parts: Sequence[tuple[Hook, Mapping[str, nn.Parameter]]],
@@ -213,7 +221,7 @@ def _check_free(parts: Sequence[nn.Module]) -> None:
     for part in parts:
         if _is_attached(part) or sum(part is other for other in parts) > 1:
             what = f"this {type(part).__name__} is attached already"
-            raise InputError(f"{what}: remove() its handle, or give all hooks in one call")
+            raise InputError(f"{what}: remove() its handle, fahooks.detach(optimizer), or give all hooks in one call")
 
 
 def _is_attached(part: nn.Module) -> bool:

@@ -91,7 +91,7 @@ class FromOutput(RandomDirectRule):
         if torch.compiler.is_compiling():  # it traces no backward pass that changes a module
             samples = visit.units.samples
             self.matrix.prepare(tensor.detach().reshape(samples, -1, 1), visit.units.folded)
-        return replaced(inject(tensor, visit.target(), partial(self.send, visit.units, current.targets), self))
+        return replaced(inject(tensor, visit.target(), partial(self.send, visit.units, current.targets), self, only_way=True))
 
     def send(self, units: Units, targets: Targets | None, error: Tensor) -> Tensor:
         """What x gets, of the error [N, ...] at the model's output."""

@@ -28,7 +28,8 @@ class DirectMatrix(nn.Module):
         seed: what it is drawn from.
         feedback: "dense" keeps B. "channel" gives all positions of a channel one value: B [channels, source channels], applied
             to the sum over positions; the variance is that of the dense matrix. "seeded" keeps nothing, and draws the
-            slices of the dense B anew at each use: on a CPU the same ones, on a GPU by its own generator.
+            slices of the dense B anew at each use: on a CPU the same ones, on a GPU by its own generator. But for the positions
+            of "channel", sizes must stay those of the first use.
         init: variance of B, gain^2 x 1/sources for "fan_out", 1/units for "fan_in", 2 / (units + sources) for "glorot".
         distribution: "normal" or "uniform", mean 0.
         gain: factor on the standard deviation.
@@ -48,6 +49,7 @@ class DirectMatrix(nn.Module):
         self.init = init
         self.distribution = distribution
         self.gain = gain
+        self.sizes: tuple[int, int] | None = None
         self.register_buffer("values", None)
 
     def forward(self, error: Tensor, shape: torch.Size) -> Tensor:
@@ -70,6 +72,7 @@ class DirectMatrix(nn.Module):
         flat = error.reshape(samples, -1)
         if self.feedback == "dense":
             return (flat @ self._kept(error, shape).t()).view(shape)
+        self._check_sizes(error, shape)
         signal = flat.new_empty(samples, channels * positions)
         for start, stop, rows in self._slices(error, shape, error.device):
             torch.matmul(flat, rows.to(flat.dtype).t(), out=signal[:, start:stop])
@@ -84,16 +87,32 @@ class DirectMatrix(nn.Module):
     def _kept(self, error: Tensor, shape: torch.Size) -> Tensor:
         """The matrix that is kept, drawn at its first use."""
         self.prepare(error, shape)
-        rows, columns = self._sizes(error, shape)
         assert self.values is not None
-        if self.values.shape != (rows, columns):
-            raise InputError(
-                f"the feedback matrix was drawn for {self.values.shape[1]} units of the source and {self.values.shape[0]} of the "
-                f"target, not for {columns} and {rows}: sizes must stay, or use feedback='channel', which sums over positions"
-            )
+        self._check_sizes(error, shape)
         if self.values.device != error.device:
             self.values = self.values.to(error.device)
         return self.values.to(error.dtype)
+
+    def _check_sizes(self, error: Tensor, shape: torch.Size) -> None:
+        """Refuse other sizes than the first ones: B is one matrix, also where it is drawn anew at each use.
+
+        Raises:
+            InputError: the sizes are others.
+        """
+        sizes = self._sizes(error, shape)
+        first = self.sizes if self.values is None else tuple(self.values.shape)
+        if first is None:
+            if not torch.compiler.is_compiling():  # it traces no backward pass that changes a module
+                self.sizes = sizes
+        elif sizes != first:
+            kind = "channels" if self.feedback == "channel" else "units"
+            # A source of one position is the model's output as a whole: one value a channel of it would have as many columns.
+            helps = self.feedback != "channel" and (sizes[1] == first[1] or error.shape[2] > 1)
+            hint = ", or use feedback='channel', which sums over positions" if helps else ""
+            raise InputError(
+                f"the feedback matrix was drawn for {first[1]} {kind} of the source and {first[0]} of the target, not for "
+                f"{sizes[1]} and {sizes[0]}: sizes must stay{hint}"
+            )
 
     def _sizes(self, error: Tensor, shape: torch.Size) -> tuple[int, int]:
         """Rows and columns of what is drawn."""

@@ -50,5 +50,6 @@ class _Noise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, error: Tensor) -> tuple[Tensor, None]:
-        deviation = ctx.scale * error.var(correction=0).sqrt()
+        # Not the root of the variance: in float16 that of a small error is zero.
+        deviation = ctx.scale * error.std(correction=0)
         return error + deviation * torch.randn_like(error), None

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,7 +202,9 @@ def targets(model: nn.Module, labels: Tensor, *, scale: float = 1.0) -> Iterator
             passes.targets = old
 
 
-def inject(carrier: Tensor, target: Tensor, send: Callable[[Tensor], Tensor], rule: DirectRule) -> Tensor:
+def inject(
+    carrier: Tensor, target: Tensor, send: Callable[[Tensor], Tensor], rule: DirectRule, *, only_way: bool = False
+) -> Tensor:
     """`carrier`, with an edge: of the error that reaches it, `target` gets what `send` makes of it.
 
     Arguments:
@@ -209,8 +212,22 @@ def inject(carrier: Tensor, target: Tensor, send: Callable[[Tensor], Tensor], ru
         target: where it goes to, a tensor that asks for a gradient.
         send: maps the error, of the carrier's shape, to a signal of the target's.
         rule: whose edge it is.
+        only_way: whether an error that reaches `carrier` by another way than what is returned is refused, in the backward pass.
     """
-    return Injection.apply(carrier, target, send, rule)
+    passed: list[int] | None = None
+    if only_way and carrier.requires_grad and not torch.compiler.is_compiling():
+        passed = []
+        carrier.register_hook(partial(_refuse_other_ways, passed, rule.label))
+    return Injection.apply(carrier, target, send, rule, passed)
+
+
+def _refuse_other_ways(passed: list[int], rule: str, error: Tensor) -> None:
+    """Raise where the backward pass that is running is not the one that an edge noted in `passed`."""
+    if passed != [_backward_pass()]:
+        raise InputError(
+            f"{rule}: an error reached the model's output from inside the model: compute the loss from what the model returns, "
+            "not inside it, or choose another output="
+        )
 
 
 MARK = "fahooks: a signal"
@@ -255,17 +272,21 @@ class Injection(torch.autograd.Function):
     """The carrier itself, with the edge of `inject`."""
 
     @staticmethod
-    def forward(ctx: Any, carrier: Tensor, target: Tensor, send: Callable[[Tensor], Tensor], rule: DirectRule) -> Tensor:
+    def forward(
+        ctx: Any, carrier: Tensor, target: Tensor, send: Callable[[Tensor], Tensor], rule: DirectRule, passed: list[int] | None
+    ) -> Tensor:
         """The carrier."""
-        ctx.send, ctx.rule, ctx.shape, ctx.dtype = send, rule, target.shape, target.dtype
+        ctx.send, ctx.rule, ctx.shape, ctx.dtype, ctx.passed = send, rule, target.shape, target.dtype, passed
         return carrier.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
         """The error for the carrier, and what was made of it for the target."""
+        if ctx.passed is not None:
+            ctx.passed[:] = [_backward_pass()]
         signal = ctx.send(error).reshape(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return error, signal, None, None
+        return error, signal, None, None, None
 
 
 def chosen(output: Any, option: int | str | None, rule: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -318,5 +339,10 @@ def _with_part(output: Any, key: Any, tensor: Tensor) -> Any:
 def _recomputing() -> bool:
     """Whether this is the second run of a part of a forward pass, by non-reentrant checkpointing, in the backward pass."""
     internals: Any = torch._C
-    in_backward = internals._current_graph_task_id() != -1
-    return in_backward and internals._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _backward_pass() != -1 and internals._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _backward_pass() -> int:
+    """The number of the backward pass that is running; -1 outside of one."""
+    internals: Any = torch._C
+    return internals._current_graph_task_id()

@@ -108,7 +108,8 @@ def revert(model: nn.Module) -> None:
 def backprop(model: nn.Module) -> Iterator[None]:
     """Switch every rule of `model` off for the forward passes inside: their backward gives true gradients.
 
-    Nests, and restores what was before also when the body raises.
+    Nests, and restores what was before also when the body raises. Activation checkpointing repeats forward passes in the backward
+    pass, which then has to be inside as well.
     """
     layers = [module for module in modules_of(model).values() if isinstance(module, FeedbackLayer)]
     before = [layer.feedback_enabled for layer in layers]

@@ -137,6 +137,27 @@ def test_removed_hooks_leave_a_plain_optimizer(net: Net, learn: Learn):
     assert not same(weights(held), weights(plain)), "control"
 
 
+def test_detach_takes_off_what_has_no_handle_any_more(net: Net, learn: Learn):
+    model, plain, held = net("kp"), net(), net("kp")
+    fahooks.convert(plain, "bp")
+    fahooks.convert(held, "bp")
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.01, weight_decay=0.1) for m in (model, plain, held)]
+    others: list[int] = []
+    optimizers[0].register_step_pre_hook(lambda *_: others.append(1))
+    fahooks.attach(model, optimizers[0], "manhattan")
+    fahooks.attach(held, optimizers[2], "manhattan")
+    fahooks.detach(optimizers[0])
+    fahooks.detach(optimizers[0])
+    fahooks.convert(model, "bp")
+    for m, optimizer in zip((model, plain, held), optimizers, strict=True):
+        learn(m, optimizer)
+    assert same(weights(model), weights(plain))
+    assert not same(weights(held), weights(plain)), "control"
+    assert len(others) == 3, "hooks of others stay"
+    fahooks.convert(model, "kp")
+    fahooks.attach(model, optimizers[0])
+
+
 def test_parameters_keep_their_identity_and_the_generator_its_state(net: Net, learn: Learn):
     model = net()
     before = [(id(p), p.data_ptr()) for p in model.parameters()]

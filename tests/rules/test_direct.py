@@ -745,6 +745,33 @@ def test_of_several_outputs_one_has_to_be_chosen() -> None:
         net(torch.ones(2, 4).double().requires_grad_())
 
 
+class OwnLoss(nn.Module):
+    """Computes its loss itself, as the models of transformers do when they are given labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.logits = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = self.logits(self.first(x).tanh())
+        return {"loss": entropy(logits), "logits": logits}
+
+
+@pytest.mark.parametrize("rule", ["dfa", "drtp"])
+def test_a_loss_that_the_model_computes_itself_is_refused(rule: str) -> None:
+    net = OwnLoss()
+    fahooks.convert(net, rule, output="logits")
+    with fahooks.targets(net, labels()):
+        output = net(vectors())
+    entropy(output["logits"]).backward(retain_graph=True)
+    assert (net.first.weight.grad != 0).any(), "control: a loss of what it returns is not"
+    torch.autograd.grad(output["logits"].sum(), net.first.weight, retain_graph=True)
+    with pytest.raises(InputError, match=f"{rule}: an error reached the model's output from inside the model: compute the loss"):
+        output["loss"].backward()
+
+
 # Blocks: at=
 
 

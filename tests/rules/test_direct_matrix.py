@@ -120,15 +120,23 @@ def test_the_matrix_is_the_same_in_every_precision(feedback: str) -> None:
     torch.testing.assert_close(drawn(torch.ones(SOURCE), SHAPE), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("feedback", ["dense", "channel"])
-def test_sizes_that_change_are_refused(feedback: str) -> None:
+@pytest.mark.parametrize(("feedback", "kind"), [("dense", "units"), ("channel", "channels"), ("seeded", "units")])
+def test_sizes_that_change_are_refused(feedback: str, kind: str) -> None:
     drawn = matrix(feedback)
     drawn(torch.ones(SOURCE), SHAPE)
     drawn(torch.ones(7, 4, 2), torch.Size((7, 3, 5)))
-    with pytest.raises(InputError, match=r"was drawn for .*, not for .*: sizes must stay"):
+    with pytest.raises(InputError, match=rf"was drawn for .* {kind} of .*, not for .*: sizes must stay"):
         drawn(torch.ones(2, 5, 2), SHAPE)
     with pytest.raises(InputError, match=r"was drawn for .*, not for .*: sizes must stay"):
         drawn(torch.ones(SOURCE), torch.Size((2, 2, 5)))
+
+
+@pytest.mark.parametrize("feedback", ["dense", "channel", "seeded"])
+def test_more_outputs_are_refused_without_a_hint_that_would_not_help(feedback: str) -> None:
+    drawn = matrix(feedback)
+    drawn(torch.ones(2, 4, 1), SHAPE)
+    with pytest.raises(InputError, match="sizes must stay$"):
+        drawn(torch.ones(2, 6, 1), SHAPE)
 
 
 def test_only_channel_serves_images_of_any_size() -> None:

@@ -64,3 +64,15 @@ def test_noise_adds_up_from_layer_to_layer():
     noisy = gradients(net, x)
     angles = [degrees(noisy[f"{layer}.weight"], true[f"{layer}.weight"]) for layer in (3, 2, 1, 0)]
     assert angles[0] == 0 and angles == sorted(angles)
+
+
+def test_small_errors_in_half_precision_have_their_noise():
+    layer, x = layers()["linear"]
+    layer, x = layer.half(), x.half().requires_grad_()
+    error = (torch.randn(64, 50, generator=torch.Generator().manual_seed(2)) * 1e-4).half()
+    fahooks.convert(layer, "bp_noise")
+    (noisy,) = torch.autograd.grad(layer(x), x, error)
+    with fahooks.backprop(layer):
+        (true,) = torch.autograd.grad(layer(x), x, error)
+    assert true.float().var().half() == 0, "control: the variance of the signal is below what the dtype holds"
+    assert 0.9 < (noisy.float() - true.float()).std() / true.float().std() < 1.1
