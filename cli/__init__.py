@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fahooks.plugins import InputError, PluginWarning, near
+from fahooks.plugins import Failed, InputError, PluginWarning, near
 
 # Name -> module and first line of the help, which `fahooks --help` prints without importing the command.
 COMMANDS = {
@@ -30,6 +30,12 @@ class Refusal(click.ClickException):
     def show(self, file: Any = None) -> None:
         """Print the message on stderr."""
         click.echo(f"fahooks: {self.message}", file=file, err=True)
+
+
+class Fault(click.ClickException):
+    """A run could not go on, through no fault of the user's input: printed as `fahooks: <message>`, exit code 1."""
+
+    show = Refusal.show
 
 
 class LazyGroup(click.Group):
@@ -62,13 +68,15 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an `InputError` ends it with one line and exit code 2."""
+        """Run the command; an `InputError` ends it with one line and exit code 2, a run that `Failed` with exit code 1."""
         with warnings.catch_warnings():
             _print_plugin_warnings()
             try:
                 return super().invoke(ctx)
             except InputError as error:
                 raise Refusal(str(error)) from error
+            except Failed as error:
+                raise Fault(str(error)) from error
 
 
 def _print_plugin_warnings() -> None:

@@ -26,15 +26,23 @@ SETTINGS = click.option(
 @click.argument("recipe", required=False)
 @SETTINGS
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory, new or empty; by default runs/<recipe name>-<n>.")
-@click.option("--resume", type=click.Path(path_type=Path), help="Go on with the interrupted run in this run directory.")
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="DIR|auto",
+    help="Go on with the run in this run directory; auto: with the newest run of RECIPE and its seed, or begin one.",
+)
 def train(recipe: str | None, overrides: tuple[str, ...], out: Path | None, resume: Path | None) -> None:
     """Train RECIPE: the name of a shipped recipe (`fahooks ls recipes`) or a file."""
     from fahooks.training import commands
 
-    if resume is not None and (recipe or overrides or out):
+    auto = resume == Path("auto")
+    if resume is not None and not auto and (recipe or overrides or out):
         raise InputError("--resume takes everything from the run directory: leave RECIPE, --set and --out away")
     with stoppable():
-        if resume is not None:
+        if auto and recipe is not None:
+            click.echo(commands.resume_newest(recipe, overrides, out))
+        elif resume is not None and not auto:
             click.echo(commands.resume(resume))
         elif recipe is not None:
             click.echo(commands.start(recipe, overrides, out))

@@ -28,6 +28,10 @@ class InputError(ValueError):
     """What the user gave is wrong: the message is one line that says what, what was given, and what to do."""
 
 
+class Failed(RuntimeError):
+    """Something could not go on, through no fault of what the user gave: the message is one line, with what to do."""
+
+
 class UnknownName(InputError):
     """No entry of that name is registered."""
 

@@ -170,6 +170,20 @@ class Probes(Section):
     every: Count | None = None
 
 
+class Checkpoint(Section):
+    """When a run is saved, to go on from there, beside its beginning, the end of every epoch, and when it is stopped.
+
+    Arguments:
+        every: after every so many optimizer steps; None for never.
+        minutes: when so many minutes have passed since it was last saved; None for never.
+        keep: how many checkpoints are kept, the newest ones. The best weights are kept in any case.
+    """
+
+    every: Count | None = None
+    minutes: Positive | None = 15.0
+    keep: Count = 1
+
+
 class Paper(Section):
     """The cell of the paper that the recipe reproduces, with its test error in percent; None where the paper left it blank."""
 
@@ -193,6 +207,7 @@ class Recipe(Section):
     schedule: Annotated[Constant | Step | Cosine, Field(discriminator="name")] = Constant()
     train: Train
     probes: Probes = Probes()
+    checkpoint: Checkpoint = Checkpoint()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     def as_yaml(self) -> str:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from fahooks.hooks import Attachment
 from fahooks.plugins import InputError
+from fahooks.recipe import Recipe
+from fahooks.recipe.comparison import differences
 from fahooks.surgery import feedback_layers
+from fahooks.training.run_directory import write
 
-VERSION = 3
+VERSION = 4
+
+FREE = ("name", "summary", "paper", "checkpoint", "data.root", "data.download")
+"""Keys of a recipe that have no part in what a run computes: they may change before it goes on."""
 
 
 @dataclass
@@ -24,74 +32,188 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        epoch: finished epochs.
+        epoch: finished epochs, validation included.
+        batch: batches of the epoch after them that were trained on.
+        lr: learning rate at the beginning of that epoch.
         step: optimizer steps taken.
         best_epoch: the epoch with the lowest validation error, the first one where several tie; 0 before any.
         best_error: that error, in percent.
         seconds: time spent so far, over all sittings.
+        loss_sum: of the images of the present epoch so far.
+        wrong: how many of them were taken for another class.
+        seen: how many they are.
+        epoch_seconds: time spent on them.
     """
 
     epoch: int = 0
+    batch: int = 0
+    lr: float = 0.0
     step: int = 0
     best_epoch: int = 0
     best_error: float = float("inf")
     seconds: float = 0.0
+    loss_sum: float = 0.0
+    wrong: int = 0
+    seen: int = 0
+    epoch_seconds: float = 0.0
+
+    def finish_epoch(self) -> None:
+        """Count the present epoch as finished, and begin the next one."""
+        self.epoch += 1
+        self.batch = self.wrong = self.seen = 0
+        self.loss_sum = self.epoch_seconds = 0.0
 
 
-def save(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: Any,
-    hooks: Attachment | None,
-    progress: Progress,
-    *,
-    best: Path,
-) -> None:
-    """Write a checkpoint atomically, random number generators and the weights in the file `best` included."""
-    state = {
-        "version": VERSION,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "hooks": hooks.state_dict() if hooks else None,
-        "progress": vars(progress),
-        "best": load_file(best),
-        "rng": torch.get_rng_state(),
-        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+class Stateful(Protocol):
+    """What keeps something that a run needs to go on: a model, an optimizer, a schedule, hooks, a scaler, averaged weights."""
+
+    def state_dict(self) -> Any:
+        """What it keeps."""
+        ...
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Go on from what `state_dict` returned."""
+        ...
 
 
-def restore(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, hooks: Attachment | None, *, best: Path
-) -> Progress:
-    """Read a checkpoint back into the objects of a run, random number generators included, and the file `best`.
+class Unusable(InputError):
+    """A checkpoint is truncated, damaged, of another version, or none of this run."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, a file each, named by the optimizer steps that were taken.
+
+    Arguments:
+        folder: where they lie.
+        recipe: of the run, as plain data; a checkpoint of another recipe is refused.
+        keep: how many are kept, the newest ones.
+    """
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], keep: int = 1) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.keep = keep
+
+    def paths(self) -> list[Path]:
+        """The files, the newest first."""
+        return sorted(self.folder.glob("step-*.pt"), reverse=True)
+
+    def save(self, parts: Mapping[str, Stateful], progress: Progress, best: Path) -> Path:
+        """Write a checkpoint atomically, then delete those that are too old. If that fails, the others are as before.
+
+        Arguments:
+            parts: what keeps the state of the run, by name.
+            progress: how far it is.
+            best: the file of the best weights, which become part of the checkpoint if they are there.
+        """
+        path = self.folder / f"step-{progress.step:09d}.pt"
+        state = {
+            "version": VERSION,
+            "recipe": dict(self.recipe),
+            "progress": dict(vars(progress)),
+            "parts": {name: part.state_dict() for name, part in parts.items()},
+            "best": load_file(best) if progress.best_epoch else {},
+            "generators": _generators(),
+        }
+        if rank() == 0:
+            self.folder.mkdir(exist_ok=True)
+            write(path, lambda file: torch.save(state, file))
+            for old in self.paths()[self.keep :]:
+                old.unlink()
+        return path
+
+    def newest(self) -> tuple[Path | None, dict[str, Any], list[str]]:
+        """The newest checkpoint that is whole, its state, and why newer ones were passed over.
+
+        An older one is taken since it is provably of the same run: it has the recipe in it, and a recipe and its seed determine
+        every step. So a run that goes on from there takes steps again, the same ones. None where nothing was saved yet.
+
+        Raises:
+            Unusable: none is whole.
+            InputError: the newest whole one is of another recipe; the message has the differences.
+        """
+        refused: list[str] = []
+        for path in self.paths():
+            try:
+                state = read(path)
+            except Unusable as error:
+                refused.append(str(error))
+            else:
+                check_same(state["recipe"], self.recipe, f"checkpoint {str(path)!r} was written")
+                return path, state, refused
+        if refused:
+            left = f"no checkpoint in {str(self.folder)!r} is left to go on from: start the run anew"
+            raise Unusable("\n".join([*refused, left]))
+        return None, {}, []
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Refuse to go on with `now` what was begun with another recipe.
 
     Raises:
-        InputError: the file is damaged or of another version.
+        InputError: they differ in a key that has a part in what a run computes; a line each.
+    """
+    with suppress(ValidationError):  # written out again, for the keys that recipes did not have yet when it was begun
+        before = Recipe.model_validate(before).model_dump(mode="json")
+    changed = differences(before, now, apart_from=FREE)
+    if changed:
+        lines = [f"  {key}: {there} -> {here}" for key, (there, here) in changed.items()]
+        todo = "put the recipe back, or start a new run, in another folder and without --resume"
+        raise InputError("\n".join([f"{what} with another recipe (before -> now):", *lines, todo]))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint; nothing in it is executed.
+
+    Raises:
+        Unusable: it is truncated or damaged, no checkpoint of a run, or of another version.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise Unusable(f"checkpoint {str(path)!r} is damaged: the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile as error:
+        raise Unusable(f"checkpoint {str(path)!r} is truncated or no checkpoint ({error})") from error
+    except Unusable:
+        raise
+    except MemoryError:
+        raise
     except Exception as error:
-        raise InputError(f"checkpoint {str(path)!r} can not be read ({type(error).__name__}): start the run anew") from error
-    if state.get("version") != VERSION:
-        raise InputError(f"checkpoint {str(path)!r} has version {state.get('version')}, this is for version {VERSION}")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    if hooks is not None:
-        hooks.load_state_dict(state["hooks"] or {"steps": 0, "hooks": []})
-    torch.set_rng_state(state["rng"])
-    if state["rng_cuda"] and len(state["rng_cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["rng_cuda"])
+        raise Unusable(f"checkpoint {str(path)!r} can not be read ({type(error).__name__})") from error
+    if not isinstance(state, dict) or "version" not in state:
+        raise Unusable(f"{str(path)!r} is no checkpoint of a run")
+    if state["version"] != VERSION:
+        raise Unusable(f"checkpoint {str(path)!r} has version {state['version']}, this is for version {VERSION}")
+    return state
+
+
+def restore(state: Mapping[str, Any], parts: Mapping[str, Stateful], best: Path) -> Progress:
+    """Put what `read` returned back into the objects of a run, the random number generators and the file `best`.
+
+    Raises:
+        Unusable: the state is that of other objects.
+    """
+    saved = state["parts"]
+    if saved.keys() != parts.keys():
+        raise Unusable(f"the checkpoint has the state of {', '.join(saved)}, and the run needs that of {', '.join(parts)}")
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise Unusable(f"the checkpoint does not fit this run: {name}: {reason}") from error
+    if rank() < len(state["generators"]):
+        own = state["generators"][rank()]
+        torch.set_rng_state(own["cpu"])
+        if own["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda"])
     # A run that was killed between the two files left the best weights of an epoch that the checkpoint does not know.
-    _write_weights(best, state["best"])
+    if rank() == 0 and state["best"]:
+        _write_weights(best, state["best"])
+    elif rank() == 0:
+        best.unlink(missing_ok=True)
     return Progress(**state["progress"])
 
 
@@ -110,7 +232,21 @@ def load_weights(path: Path, model: nn.Module) -> None:
     model.load_state_dict(load_file(path))
 
 
-def _write_weights(path: Path, state: dict[str, Tensor]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(to_safetensors({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}))
-    os.replace(partial, path)
+def rank() -> int:
+    """The number of this process among those that train together; 0 where it is alone."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def _generators() -> list[dict[str, Tensor | None]]:
+    """The states of the random number generators, of every rank."""
+    own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    every: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(every, own)
+    return every
+
+
+def _write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    data = to_safetensors({key: value.detach().cpu().contiguous().clone() for key, value in state.items()})
+    write(path, lambda file: file.write(data))

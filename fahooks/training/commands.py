@@ -9,7 +9,8 @@ from rich.console import Console
 
 from fahooks.plugins import InputError, datasets
 from fahooks.recipe import Recipe, find, load
-from fahooks.report.runs import read_run
+from fahooks.training.checkpoint import check_same
+from fahooks.training.failures import recorded
 from fahooks.training.loop import Result, train
 from fahooks.training.run_directory import RunDirectory, fresh_directory
 from fahooks.training.setup import Setup, prepare
@@ -39,15 +40,50 @@ def start(name: str, overrides: Sequence[str] = (), out: Path | None = None) -> 
 
 
 def resume(path: Path) -> str:
-    """Go on with the run in `path` after its last finished epoch, and return the final line.
+    """Go on with the run in `path` after the last step that it has a checkpoint of, and return the final line.
 
     Raises:
         InputError: there is no run to go on with, or another process is at it.
+        Failed: something else went wrong; the message says what.
         KeyboardInterrupt: the user stopped it; the message says how to go on.
     """
     run, recipe = RunDirectory.reopen(path)
     with run.alone():
-        return final_line(recipe, carry_out(prepare(recipe), run, resumed=True), run)
+        with recorded(run):
+            setup = prepare(recipe)
+        return final_line(recipe, carry_out(setup, run, resumed=True), run)
+
+
+def resume_newest(name: str, overrides: Sequence[str] = (), out: Path | None = None) -> str:
+    """Go on with the newest run of a recipe and its seed, begin it where there is none, and return the final line.
+
+    Run again and again, as by a cluster that restarts what died, it ends with one finished run.
+
+    Arguments:
+        name: a shipped recipe or a file.
+        overrides: "dotted.key=value" each.
+        out: the run directory; by default the one of runs/<recipe name>-<n> with the highest n that has the same seed.
+
+    Raises:
+        InputError: as `start`; or the run was begun with another recipe, then the message has the differences.
+        Failed: something else went wrong; the message says what.
+        KeyboardInterrupt: the user stopped it; the message says how to go on.
+    """
+    asked = load(find(name), overrides)
+    run = RunDirectory.newest(asked.name, asked.seed) if out is None else RunDirectory(out)
+    if run is None or not run.begun:
+        return start(name, overrides, out)
+    begun_with = run.made_from
+    if asked.data.loader == "auto":  # it chose when the run began
+        asked = asked.model_copy(update={"data": asked.data.model_copy(update={"loader": begun_with["data"]["loader"]})})
+    with run.alone():
+        setup = prepare(asked)
+        check_same(begun_with, setup.recipe.model_dump(mode="json"), f"the run in {str(run.path)!r} was begun")
+        if run.finished:
+            result = Result(**run.read_status()["result"])
+            return f"{final_line(setup.recipe, result, run)}: finished, there is nothing to do"
+        run.write("resolved.yaml", setup.recipe.as_yaml())
+        return final_line(setup.recipe, carry_out(setup, run, resumed=True), run)
 
 
 def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
@@ -84,36 +120,42 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
 
 
 def carry_out(setup: Setup, run: RunDirectory, *, resumed: bool) -> Result:
-    """Train what `prepare` made and leave a plot of it beside its files.
+    """Train what `prepare` made; whoever stops it is told how to go on.
 
     Arguments:
         setup: what `prepare` made.
         run: where files go.
-        resumed: go on after the last finished epoch of `run`.
+        resumed: go on after the last step that `run` has a checkpoint of.
 
     Raises:
         Diverged: the loss became infinite or not a number.
+        Failed: something else went wrong; the message says what.
         KeyboardInterrupt: the user stopped it; the message says how to go on.
     """
-    from fahooks.report import figures  # matplotlib is slow to import
-
     try:
-        result = train(setup, run, resume=resumed)
+        return train(setup, run, resume=resumed)
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"stopped; go on with `fahooks train --resume {run.path}`") from stop
-    figures.comparison([read_run(run.path)], run.plots)
-    return result
+        raise KeyboardInterrupt(str(stop) or f"stopped; go on with `fahooks train --resume {run.path}`") from stop
 
 
 def final_line(recipe: Recipe, result: Result, run: RunDirectory) -> str:
     """What a run ends with: test error, best epoch, wall time, run directory."""
     minutes, seconds = divmod(round(result.seconds), 60)
-    published = recipe.paper.error if recipe.paper else None
+    published = _published(recipe)
     paper = "" if published is None else f" (paper: {published:g} %)"
     return (
         f"{recipe.name}: test error {result.test_error:.2f} %{paper}, best epoch {result.best_epoch} "
         f"(validation error {result.validation_error:.2f} %), {minutes} min {seconds} s, in {run.path}"
     )
+
+
+def _published(recipe: Recipe) -> float | None:
+    """The paper's error in percent; None where it left the cell blank, or the recipe is on other images by now.
+
+    A column of the paper's table is named after its dataset and the number of the network: cifar10_2.
+    """
+    paper = recipe.paper
+    return paper.error if paper is not None and paper.column.partition("_")[0] == recipe.data.dataset else None
 
 
 def _quickstart_overrides(rule: str) -> tuple[str, ...]:

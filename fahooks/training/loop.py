@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from fahooks.data import Stream
@@ -18,10 +18,12 @@ from fahooks.plugins import InputError
 from fahooks.probes import Probe
 from fahooks.rules import targets
 from fahooks.training import checkpoint
-from fahooks.training.checkpoint import Progress
+from fahooks.training.checkpoint import Checkpoints, Progress
+from fahooks.training.failures import recorded
 from fahooks.training.progress import Display
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import Setup
+from fahooks.training.stopping import Stop, Stopped
 
 # How many steps apart the loss is looked at: each look makes the host wait for the device.
 LOOK_EVERY = 20
@@ -50,6 +52,55 @@ class Result:
     seconds: float
 
 
+@dataclass
+class Sitting:
+    """What is there while a run is trained, in one go or in several.
+
+    Attributes:
+        setup: what `prepare` made.
+        run: where files go.
+        progress: how far the run is.
+        checkpoints: of the run.
+        probe: measures its learning signals.
+        board: TensorBoard's.
+        display: what a person sees.
+        stop: whether it was asked to stop.
+        begun: when it would have begun, had it been trained in one go.
+        saved: when it was last saved.
+    """
+
+    setup: Setup
+    run: RunDirectory
+    progress: Progress
+    checkpoints: Checkpoints
+    probe: Probe
+    board: SummaryWriter
+    display: Display
+    stop: Stop
+    begun: float
+    saved: float
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save, in the middle of an epoch."""
+        when = self.setup.recipe.checkpoint
+        by_steps = when.every is not None and self.progress.step % when.every == 0
+        return by_steps or (when.minutes is not None and time.perf_counter() - self.saved > 60 * when.minutes)
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment.
+
+        Raises:
+            Diverged: a weight is not finite; the checkpoints are as before.
+        """
+        if not _finite(self.setup.model):
+            raise Diverged(f"a weight was infinite or not a number after step {self.progress.step}: lower optim.lr")
+        self.board.flush()  # or a kill would take events of steps that are not taken again
+        self.progress.seconds = time.perf_counter() - self.begun
+        self.checkpoints.save(self.setup.parts, self.progress, self.run.best)
+        self.saved = time.perf_counter()
+
+
 def train(setup: Setup, run: RunDirectory, *, resume: bool = False, console: Console | None = None) -> Result:
     """Train and leave everything about it in `run`.
 
@@ -59,90 +110,105 @@ def train(setup: Setup, run: RunDirectory, *, resume: bool = False, console: Con
     Arguments:
         setup: what `prepare` made; its model is trained in place and ends with the best weights.
         run: where files go.
-        resume: go on after the last finished epoch of `run`; on a CPU the end is bit for bit that of an uninterrupted run.
+        resume: go on after the last step that `run` has a checkpoint of; on a CPU the end is bit for bit that of an uninterrupted
+            run.
         console: where to show progress; by default standard output.
 
     Raises:
         Diverged: the loss became infinite or not a number.
-        InputError: the checkpoint to resume from can not be read.
+        InputError: there is no checkpoint that the run can go on from.
+        Failed: something else went wrong; the message says what.
+        KeyboardInterrupt: it was asked to stop, by Ctrl-C, SIGTERM or SIGHUP; the message says how to go on.
     """
-    run.status("running")
-    try:
-        result = _train(setup, run, resume, console or Console())
-    except KeyboardInterrupt:
-        run.status("interrupted", resume=f"fahooks train --resume {run.path}")
-        raise
-    except BaseException as error:
-        run.status("failed", reason=f"{type(error).__name__}: {error}")
-        raise
-    run.status("finished", result=asdict(result))
+    with recorded(run), Stop() as stop:
+        run.status("running")
+        result = _train(setup, run, resume, console or Console(), stop)
+        _plot(run)
+        run.status("finished", result=asdict(result))
     return result
 
 
-def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console) -> Result:
-    p = Probe(setup.model)  # before the checkpoint: sign flips count from the first weights, also in a resumed run
-    progress = Progress()
-    if resume and run.checkpoint.is_file():
-        progress = checkpoint.restore(run.checkpoint, setup.model, setup.optimizer, setup.schedule, setup.hooks, best=run.best)
-    run.trim(progress.epoch)
+def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop: Stop) -> Result:
+    probe = Probe(setup.model)  # before the checkpoint: sign flips count from the first weights, also in a resumed run
+    recipe = setup.recipe
+    checkpoints = Checkpoints(run.checkpoints, recipe.model_dump(mode="json"), keep=recipe.checkpoint.keep)
+    path, state, refused = checkpoints.newest() if resume else (None, {}, [])
+    progress = Progress() if path is None else checkpoint.restore(state, setup.parts, run.best)
+    run.trim(progress.epoch, progress.step)
     run.layers(setup.report.as_dict())
-    epochs = setup.recipe.train.epochs
-    started = time.perf_counter() - progress.seconds
+    epochs = recipe.train.epochs
     with (
-        Display(setup.recipe.name, console, steps=epochs * len(setup.train), done=progress.step) as display,
-        SummaryWriter(str(run.tensorboard), purge_step=progress.step if resume else None) as board,
+        Display(recipe.name, console, steps=epochs * len(setup.train), done=progress.step) as display,
+        _board(run, progress.step if resume else None) as board,
     ):
-        for epoch in range(progress.epoch + 1, epochs + 1):
-            row = {"epoch": epoch, **train_epoch(setup, epoch, progress, p, run, board, display)}
-            row |= evaluate(setup, setup.validation, "validation")
-            progress.epoch = epoch
-            progress.seconds = time.perf_counter() - started
-            if row["validation_error"] < progress.best_error:
-                progress.best_error, progress.best_epoch = row["validation_error"], epoch
-                checkpoint.save_weights(run.best, setup.model)
-            row["seconds"] = progress.seconds
-            run.log("epoch", **row)
-            run.summarise()
-            _to_board(board, {name: value for name, value in row.items() if name != "epoch"}, epoch)
-            checkpoint.save(run.checkpoint, setup.model, setup.optimizer, setup.schedule, setup.hooks, progress, best=run.best)
-            display.line(
-                f"epoch {epoch}/{epochs}  loss {row['train_loss']:.4f}  error {row['train_error']:.2f} %  "
-                f"validation error {row['validation_error']:.2f} %  {row['images_per_second']:,.0f} images/s"
-            )
-        final = evaluate(setup, setup.test, "test")
+        now = time.perf_counter()
+        sitting = Sitting(setup, run, progress, checkpoints, probe, board, display, stop, now - progress.seconds, now)
+        if path is None:
+            sitting.save()  # so that a disk without room is found out now
+        for line in refused:
+            display.line(f"passed over: {line}")
+        if path is not None:
+            display.line(f"goes on after step {progress.step}, in epoch {min(progress.epoch + 1, epochs)}/{epochs}, from {path}")
+        try:
+            for epoch in range(progress.epoch + 1, epochs + 1):
+                _epoch(sitting, epoch)
+        except Stopped as stopped:
+            sitting.save()
+            what = f"stopped after step {progress.step}, which is saved"
+            raise KeyboardInterrupt(f"{what}; go on with `fahooks train --resume {run.path}`") from stopped
+        final = evaluate(setup, setup.test, "test", stop)
         run.log("test", weights="final", epoch=progress.epoch, **final)
         checkpoint.load_weights(run.best, setup.model)
-        best = final if progress.best_epoch == progress.epoch else evaluate(setup, setup.test, "test")
+        best = final if progress.best_epoch == progress.epoch else evaluate(setup, setup.test, "test", stop)
         run.log("test", weights="best", epoch=progress.best_epoch, **best)
         run.summarise()
-        _to_board(board, best, progress.best_epoch)
+        _to_board(board, best, progress.step)
     return Result(best["test_error"], progress.best_epoch, progress.best_error, final["test_error"], progress.seconds)
 
 
-def train_epoch(
-    setup: Setup, epoch: int, progress: Progress, p: Probe, run: RunDirectory, board: SummaryWriter, display: Display
-) -> dict[str, Any]:
-    """One pass over the training images.
+def _epoch(sitting: Sitting, epoch: int) -> None:
+    """Train for an epoch, or what is left of it, validate, log, and save."""
+    setup, run, progress = sitting.setup, sitting.run, sitting.progress
+    row = {"epoch": epoch, **train_epoch(sitting, epoch)}
+    row |= evaluate(setup, setup.validation, "validation", sitting.stop)
+    progress.finish_epoch()
+    if row["validation_error"] < progress.best_error:
+        progress.best_error, progress.best_epoch = row["validation_error"], epoch
+        checkpoint.save_weights(run.best, setup.model)
+    row["seconds"] = time.perf_counter() - sitting.begun
+    run.log("epoch", **row)
+    run.summarise()
+    _to_board(sitting.board, _curves(row), progress.step)
+    sitting.save()
+    sitting.display.line(
+        f"epoch {epoch}/{setup.recipe.train.epochs}  loss {row['train_loss']:.4f}  error {row['train_error']:.2f} %  "
+        f"validation error {row['validation_error']:.2f} %  {row['images_per_second']:,.0f} images/s"
+    )
+
+
+def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
+    """One pass over the training images, or the rest of it in a run that goes on.
 
     Returns:
         step, lr, train_loss, train_error (percent, of the weights as they were at each step, with dropout), images_per_second.
 
     Raises:
         Diverged: the loss became infinite or not a number.
+        Stopped: the run was asked to stop, and finished a step first.
     """
+    setup, progress = sitting.setup, sitting.progress
     setup.model.train()
     every = setup.recipe.probes.every
-    lr = setup.optimizer.param_groups[0]["lr"]
-    loss_sum = torch.zeros((), device=setup.device)
-    wrong = torch.zeros((), dtype=torch.int64, device=setup.device)
-    seen = 0
-    started = time.perf_counter()
-    shown: dict[str, Any] = {}
-    setup.train.set_epoch(epoch)
+    if progress.batch == 0:
+        progress.lr = setup.optimizer.param_groups[0]["lr"]
+    loss_sum = torch.tensor(progress.loss_sum, device=setup.device)
+    wrong = torch.tensor(progress.wrong, device=setup.device)
+    begun = time.perf_counter() - progress.epoch_seconds
+    setup.train.set_epoch(epoch, start=progress.batch)
     for batch in setup.train:
         if every and progress.step % every == 0:
-            _measure(setup, p, batch.images, batch.labels)
-            _log_probe(run, board, p, epoch, progress.step)
+            _measure(setup, sitting.probe, batch.images, batch.labels)
+            _log_probe(sitting, epoch)
 
         with setup.autocast, targets(setup.model, batch.labels):
             logits = setup.forward(batch.images)
@@ -152,33 +218,53 @@ def train_epoch(
         setup.optimizer.step()
 
         progress.step += 1
-        seen += len(batch.labels)
+        progress.batch += 1
+        progress.seen += len(batch.labels)
         loss_sum += loss.detach() * len(batch.labels)
         wrong += (logits.detach().argmax(1) != batch.labels).sum()
-        if progress.step % LOOK_EVERY == 0 or seen == setup.train.images:
-            speed = seen / (time.perf_counter() - started)
-            shown = {"loss": loss_sum.item() / seen, "error": 100 * wrong.item() / seen, "speed": speed}
-            if not math.isfinite(shown["loss"]):
+        if progress.batch == len(setup.train):
+            setup.schedule.step()
+        last, stopping, due = progress.batch == len(setup.train), sitting.stop.requested, sitting.due
+        if progress.step % LOOK_EVERY == 0 or last or stopping or due:
+            progress.loss_sum, progress.wrong = loss_sum.item(), int(wrong)
+            progress.epoch_seconds = time.perf_counter() - begun
+            if not math.isfinite(progress.loss_sum):
                 where = f"by step {progress.step}, in epoch {epoch}"
-                raise Diverged(f"the loss was {shown['loss']} {where}: lower optim.lr (it was {lr:g})")
-            display.step(progress.step, epoch=f"{epoch}/{setup.recipe.train.epochs}", **shown)
-    setup.schedule.step()
+                raise Diverged(f"the loss was {progress.loss_sum} {where}: lower optim.lr (it was {progress.lr:g})")
+            sitting.display.step(progress.step, epoch=f"{epoch}/{setup.recipe.train.epochs}", **_shown(progress))
+        if stopping:
+            raise Stopped
+        if due and not last:
+            sitting.save()
+    shown = _shown(progress)
     return {
         "step": progress.step,
-        "lr": lr,
+        "lr": progress.lr,
         "train_loss": shown["loss"],
         "train_error": shown["error"],
         "images_per_second": shown["speed"],
     }
 
 
+def _shown(progress: Progress) -> dict[str, float]:
+    """Mean loss, error (percent) and speed (images a second) of the present epoch so far."""
+    seen = progress.seen
+    return {"loss": progress.loss_sum / seen, "error": 100 * progress.wrong / seen, "speed": seen / progress.epoch_seconds}
+
+
 @torch.no_grad()
-def evaluate(setup: Setup, stream: Stream, name: str) -> dict[str, Any]:
-    """Mean cross-entropy and error (percent) over all images of `stream`, in evaluation mode, as NAME_loss and NAME_error."""
+def evaluate(setup: Setup, stream: Stream, name: str, stop: Stop | None = None) -> dict[str, Any]:
+    """Mean cross-entropy and error (percent) over all images of `stream`, in evaluation mode, as NAME_loss and NAME_error.
+
+    Raises:
+        Stopped: `stop` was asked for.
+    """
     setup.model.eval()
     loss = 0.0
     wrong = 0
     for batch in stream:
+        if stop is not None and stop.requested:
+            raise Stopped
         with setup.autocast:
             logits = setup.model(batch.images)
         loss += F.cross_entropy(logits.float(), batch.labels, reduction="sum").item()
@@ -194,13 +280,40 @@ def _measure(setup: Setup, p: Probe, images: Tensor, labels: Tensor) -> None:
     p.measure(loss)
 
 
-def _log_probe(run: RunDirectory, board: SummaryWriter, p: Probe, epoch: int, step: int) -> None:
+def _log_probe(sitting: Sitting, epoch: int) -> None:
+    p, step = sitting.probe, sitting.progress.step
     found = {"angle": p.angle, "norm_ratio": p.norm_ratio, "weight_angle": p.weight_angle, "sign_flips": p.sign_flips}
-    run.log("probe", epoch=epoch, step=step, **found)
+    sitting.run.log("probe", epoch=epoch, step=step, **found)
     for quantity, by_layer in found.items():
-        _to_board(board, {f"{quantity}/{layer}": value for layer, value in by_layer.items()}, step)
+        _to_board(sitting.board, {f"{quantity}/{layer}": value for layer, value in by_layer.items()}, step)
+
+
+def _board(run: RunDirectory, resumed_at: int | None) -> SummaryWriter:
+    """TensorBoard's writer; in a run that goes on it takes back what was written from step `resumed_at` on."""
+    board = SummaryWriter(str(run.tensorboard), purge_step=resumed_at)
+    for row in run.rows("epoch")[-1:]:
+        if row["step"] == resumed_at:  # the epoch that the checkpoint ends is not trained again
+            _to_board(board, _curves(row), resumed_at)
+    return board
+
+
+def _curves(row: dict[str, Any]) -> dict[str, float]:
+    """What TensorBoard draws of the row of an epoch; null, which stood for infinite or not a number, can not be drawn."""
+    return {name: value for name, value in row.items() if name not in ("kind", "epoch", "step") and value is not None}
 
 
 def _to_board(board: SummaryWriter, values: dict[str, float], step: int) -> None:
     for name, value in values.items():
         board.add_scalar(name, value, step)
+
+
+def _plot(run: RunDirectory) -> None:
+    from fahooks.report import figures  # matplotlib is slow to import
+    from fahooks.report.runs import read_run
+
+    figures.comparison([read_run(run.path)], run.plots)
+
+
+def _finite(model: nn.Module) -> bool:
+    weights = [weight.detach() for weight in model.parameters() if weight.is_floating_point()]
+    return all(bool(total.isfinite()) for total in torch._foreach_norm(weights)) if weights else True

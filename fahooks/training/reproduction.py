@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from fahooks import data
 from fahooks.plugins import InputError, near
 from fahooks.recipe import Recipe, RecipeError, find, load, shipped_names
+from fahooks.recipe.comparison import differences
 from fahooks.recipe.reading import add_file
-from fahooks.recipe.tree import ABSENT, Key, Tree, dotted, shown
+from fahooks.recipe.tree import Tree
 from fahooks.report import table1
+from fahooks.training.checkpoint import FREE
 from fahooks.training.commands import carry_out, final_line
 from fahooks.training.loop import Diverged
-from fahooks.training.run_directory import LOCK, RunDirectory, held
+from fahooks.training.run_directory import BARELY_BEGUN, RunDirectory, held
 from fahooks.training.setup import Setup, prepare, resolve
 
 OUT = Path("runs/table1")
-
-# What a directory holds that was made, and left before resolved.yaml was there.
-BARELY_BEGUN = {LOCK, "recipe.yaml", "recipe.yaml.partial", "resolved.yaml.partial"}
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,12 @@ class Wanted:
     @property
     def finished(self) -> bool:
         """Whether it needs no training any more."""
-        return self.run.read_status().get("state") == "finished"
+        return self.run.finished
 
     @property
     def begun(self) -> bool:
         """Whether there is something to go on with."""
-        return (self.path / "resolved.yaml").is_file()
+        return self.run.begun
 
 
 def reproduce(
@@ -263,27 +261,10 @@ def _made_from(path: Path) -> Recipe:
 
 
 def _check_same(path: Path, made_from: Recipe, asked: Recipe) -> None:
-    there, here = (dict(_leaves(recipe.model_dump(mode="json"))) for recipe in (made_from, asked))
-    differing = [
-        f"{dotted(key)} ({_said(there, key)} there, {_said(here, key)} asked)"
-        for key in {**there, **here}
-        if key != ("data", "root") and there.get(key, ABSENT) != here.get(key, ABSENT)
-    ]
-    if differing:
-        raise InputError(f"{str(path)!r} holds a run of another recipe: {', '.join(differing)}; name another --out")
-
-
-def _leaves(value: Any, at: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Every value that is no section, with its key."""
-    if isinstance(value, dict | list) and value:
-        for part, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(child, (*at, part))
-    else:
-        yield at, value
-
-
-def _said(leaves: Mapping[Key, Any], key: Key) -> str:
-    return shown(leaves[key]) if key in leaves else "nothing"
+    found = differences(made_from.model_dump(mode="json"), asked.model_dump(mode="json"), apart_from=FREE)
+    if found:
+        said = ", ".join(f"{key} ({there} there, {here} asked)" for key, (there, here) in found.items())
+        raise InputError(f"{str(path)!r} holds a run of another recipe: {said}; name another --out")
 
 
 def _train(run: Wanted, console: Console, number: str) -> str:
@@ -308,8 +289,6 @@ def _train(run: Wanted, console: Console, number: str) -> str:
 
 
 def _created(run: Wanted, setup: Setup) -> RunDirectory:
-    for name in BARELY_BEGUN - {LOCK}:
-        (run.path / name).unlink(missing_ok=True)
     source = find(run.recipe.name)
     return RunDirectory.create(setup.recipe, source, out=run.path, overrides=run.overrides, choices=setup.choices)
 

@@ -1,8 +1,8 @@
 """The run directory: what a run leaves on disk, enough to re-run, resume and report it.
 
 recipe.yaml as given, resolved.yaml with every default, env.json, layers.json (the conversion report), metrics.jsonl, summary.csv
-(a row an epoch), tb/ for TensorBoard, checkpoint.pt, best.safetensors, status.json, and once it is finished plots.png; and .lock,
-which the process that trains holds.
+(a row an epoch), tb/ for TensorBoard, checkpoints/, best.safetensors, status.json, and once it is finished plots.png; failure.txt
+where a fault of the program ended it; and .lock, which the process that trains holds.
 """
 
 from __future__ import annotations
@@ -13,21 +13,26 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+import yaml
 
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, Source, load
 
 LOSSES = ["train_loss", "train_error", "validation_loss", "validation_error", "test_error"]
+RUNS = Path("runs")
 LOCK = ".lock"
+PARTIAL = ".partial"
+BARELY_BEGUN = {LOCK, "recipe.yaml", f"recipe.yaml{PARTIAL}", f"resolved.yaml{PARTIAL}"}
 COLUMNS = ["epoch", "step", "lr", *LOSSES, "images_per_second", "seconds"]
 
 
@@ -40,11 +45,12 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoint = path / "checkpoint.pt"
+        self.checkpoints = path / "checkpoints"
         self.best = path / "best.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tb"
         self.plots = path / "plots.png"
+        self.failure = path / "failure.txt"
         self.lock = path / LOCK
 
     @classmethod
@@ -69,7 +75,7 @@ class RunDirectory:
         Raises:
             InputError: `out` holds something already or can not be written.
         """
-        run = cls(fresh_directory(out, recipe.name))
+        run = cls(fresh_directory(out, recipe.name, text=source.text))
         run.write("recipe.yaml", source.text)
         run.write("resolved.yaml", recipe.as_yaml())
         run.write("env.json", _json({**_environment(source, overrides), "choices": dict(choices or {})}))
@@ -86,9 +92,35 @@ class RunDirectory:
         if not resolved.is_file():
             raise InputError(f"{str(path)!r} is no run directory: it has no resolved.yaml")
         run = cls(path)
-        if run.read_status().get("state") == "finished":
+        if run.finished:
             raise InputError(f"the run in {str(path)!r} is finished: there is nothing to resume")
         return run, load(Source(str(resolved), resolved.read_text(encoding="utf-8"), path))
+
+    @classmethod
+    def newest(cls, name: str, seed: int, parent: Path = RUNS) -> RunDirectory | None:
+        """The run of the recipe `name` with that seed that was begun last, of those that `create` numbers; None without one."""
+        pattern = re.compile(rf"{re.escape(Path(name).name)}-(\d+)")
+        numbered = {int(match[1]): path for path in (parent / name).parent.glob("*") if (match := pattern.fullmatch(path.name))}
+        for _, path in sorted(numbered.items(), reverse=True):
+            made_from = cls(path).made_from
+            if made_from.get("name") == name and made_from.get("seed") == seed:
+                return cls(path)
+        return None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to go on with."""
+        return (self.path / "resolved.yaml").is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether it needs no training any more."""
+        return self.read_status().get("state") == "finished"
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """resolved.yaml as plain data, whether it still is a recipe or not; empty where there is none."""
+        return (yaml.safe_load((self.path / "resolved.yaml").read_text(encoding="utf-8")) or {}) if self.begun else {}
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -97,22 +129,29 @@ class RunDirectory:
         Raises:
             InputError: another process trains in it, or it can not be written.
         """
-        if not os.access(self.path, os.W_OK):
-            raise InputError(f"{str(self.path)!r} is not writable")
+        try:
+            self.lock.open("a").close()
+        except OSError as error:
+            raise InputError(f"{str(self.path)!r} is not writable: {error.strerror}") from error
         with held(self.lock) as mine:
             if not mine:
                 raise InputError(f"another process is training in {str(self.path)!r}: wait for it, or stop it")
             yield
 
     def write(self, name: str, text: str) -> None:
-        """Write a file atomically: a reader, or a crash, sees the old one or the new one."""
-        partial = self.path / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path / name)
+        """Write a file atomically."""
+        write(self.path / name, lambda file: file.write(text.encode()))
 
     def status(self, state: str, **details: Any) -> None:
         """Record whether the run is running, finished, interrupted or failed, and what goes with it."""
-        self.write("status.json", _json({"state": state, "time": _now(), **details}))
+        text = _json({"state": state, "time": _now(), **details})
+        try:
+            self.write("status.json", text)
+        except OSError:
+            # A full disk has no room for another file, but the block that this one has can be written to.
+            with (self.path / "status.json").open("r+", encoding="utf-8") as file:
+                file.write(text)
+                file.truncate()
 
     def read_status(self) -> dict[str, Any]:
         """What `status` recorded last; empty where nothing is."""
@@ -132,9 +171,15 @@ class RunDirectory:
         """The lines of metrics.jsonl of one kind, in order."""
         return [row for row in self._rows() if row["kind"] == kind]
 
-    def trim(self, epochs: int) -> None:
-        """Forget what was logged after epoch `epochs`: a resumed run writes it again."""
-        kept = [row for row in self._rows() if row.get("epoch", 0) <= epochs and row["kind"] != "test"]
+    def trim(self, epoch: int, step: int) -> None:
+        """Forget what was logged after epoch `epoch` and from step `step` on: a resumed run writes it again.
+
+        Files that were only half written go too.
+        """
+        for partial in [*self.path.glob(f"*{PARTIAL}"), *self.checkpoints.glob(f"*{PARTIAL}")]:
+            partial.unlink()
+        last = {"epoch": lambda row: row["epoch"] <= epoch, "probe": lambda row: row["step"] < step, "test": lambda row: False}
+        kept = [row for row in self._rows() if last[row["kind"]](row)]
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         self.summarise()
 
@@ -155,13 +200,37 @@ class RunDirectory:
         return [json.loads(line) for line in lines[:-1]]
 
 
+def write(path: Path, content: Callable[[BinaryIO], Any]) -> None:
+    """Write a file atomically: a reader, or a crash at any moment, sees the old one or the new one.
+
+    Arguments:
+        path: the file.
+        content: writes into the open file that it is given.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # on a full disk it holds the room that status.json needs
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # or a power cut may take the new name back
+    finally:
+        os.close(folder)
+
+
 @contextmanager
 def held(lock: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold the file `lock` during the block; False if another process has it, which `wait` waits for.
 
     It is let go when the block, or the process, ends in whatever way; the file stays.
     """
-    with lock.open("w") as file:
+    with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             mine = True
@@ -170,14 +239,19 @@ def held(lock: Path, *, wait: bool = False) -> Iterator[bool]:
         yield mine
 
 
-def fresh_directory(out: Path | None, name: str) -> Path:
+def fresh_directory(out: Path | None, name: str, *, text: str = "") -> Path:
     """Make the folder `out`, new or empty, or where it is None runs/<name>-<n> with the first n that is free.
+
+    Arguments:
+        out: the folder.
+        name: of what will lie there.
+        text: the recipe; `out` may hold what a run of it left that was killed before it had written resolved.yaml.
 
     Raises:
         InputError: `out` holds something already or can not be written.
     """
     try:
-        return _numbered(Path("runs"), name) if out is None else _claimed(out)
+        return _numbered(RUNS, name) if out is None else _claimed(out, text)
     except OSError as error:
         raise InputError(f"the folder {str(out or Path('runs') / name)!r} can not be made: {error.strerror}") from error
 
@@ -195,13 +269,14 @@ def _numbered(parent: Path, name: str) -> Path:
             return path
 
 
-def _claimed(path: Path) -> Path:
+def _claimed(path: Path, text: str) -> Path:
+    recipe = path / "recipe.yaml"
     if path.exists() and not path.is_dir():
         raise InputError(f"--out {str(path)!r} is a file: name a folder that is new or empty")
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
         raise InputError(f"--out {str(path)!r} is not writable")
-    if any(file.name != LOCK for file in path.iterdir()):
+    if not {file.name for file in path.iterdir()} <= BARELY_BEGUN or (recipe.is_file() and recipe.read_text("utf-8") != text):
         raise InputError(f"--out {str(path)!r} is not empty: name a new folder, or go on with `fahooks train --resume {path}`")
     return path
 

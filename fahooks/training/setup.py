@@ -23,6 +23,7 @@ from fahooks.plugins import models as registered
 from fahooks.recipe import Recipe, left_out, with_defaults
 from fahooks.rules import targets
 from fahooks.surgery import Report, convert, feedback_rules
+from fahooks.training.checkpoint import Stateful
 from fahooks.training.optimizers import make_optimizer, make_schedule
 
 EVALUATION_BATCH = 500
@@ -62,6 +63,12 @@ class Setup:
     schedule: LRScheduler
     hooks: Attachment | None
     autocast: torch.autocast
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """What keeps the state that a run needs to go on, by name."""
+        parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
+        return parts if self.hooks is None else {**parts, "hooks": self.hooks}
 
 
 def prepare(recipe: Recipe) -> Setup:

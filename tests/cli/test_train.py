@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,6 +116,7 @@ def test_a_stopped_run_says_how_to_go_on_and_does(stop: signal.Signals, tmp_path
         process.kill()
         process.communicate()
     assert process.returncode == 130
-    assert errors.splitlines() == ["fahooks: stopped; go on with `fahooks train --resume here`"]
+    (line,) = errors.splitlines()
+    assert re.fullmatch(r"fahooks: stopped after step \d+, which is saved; go on with `fahooks train --resume here`", line)
     status = json.loads((tmp_path / "here" / "status.json").read_text())
     assert (status["state"], status["resume"]) == ("interrupted", "fahooks train --resume here")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fahooks.plugins import InputError
-from fahooks.recipe import load
+from fahooks.recipe import load, shipped_names
 from fahooks.training import commands, loop
 from fahooks.training.loop import Result
 from fahooks.training.run_directory import RunDirectory
@@ -75,12 +75,45 @@ def test_an_interrupted_run_says_how_to_go_on(in_tmp: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "evaluate", interrupt)
-    with pytest.raises(KeyboardInterrupt, match="stopped; go on with `fahooks train --resume a`"):
+    with pytest.raises(KeyboardInterrupt, match="^stopped; go on with `fahooks train --resume a`"):
         commands.start("quickstart", SMALL, Path("a"))
     monkeypatch.undo()
     assert commands.resume(Path("a")).startswith("quickstart: test error")
     with pytest.raises(InputError, match="is finished"):
         commands.resume(Path("a"))
+
+
+def test_auto_begins_goes_on_and_has_nothing_to_do(in_tmp: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    for out, place in ((None, "runs/quickstart-1"), (Path("a"), "a")):
+        monkeypatch.setattr(loop, "evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt, match=place):
+            commands.resume_newest("quickstart", SMALL, out)
+        monkeypatch.undo()
+        before = RunDirectory(Path(place)).rows("probe")
+        assert commands.resume_newest("quickstart", SMALL, out).endswith(f"in {place}")
+        assert RunDirectory(Path(place)).rows("probe") == before
+        again = commands.resume_newest("quickstart", SMALL, out)
+        assert again.endswith(f"in {place}: finished, there is nothing to do")
+    assert commands.resume_newest("quickstart", (*SMALL, "seed=1")).endswith("in runs/quickstart-2")
+
+
+def test_auto_refuses_a_changed_recipe_and_says_what_changed(in_tmp: Path):
+    commands.start("quickstart", SMALL, Path("a"))
+    RunDirectory(Path("a")).status("interrupted")
+    with pytest.raises(InputError) as caught:
+        commands.resume_newest("quickstart", (*SMALL, "optim.lr=0.1", "train.threads=2"), Path("a"))
+    assert str(caught.value).splitlines() == [
+        "the run in 'a' was begun with another recipe (before -> now):",
+        "  optim.lr: 0.0005 -> 0.1",
+        "  train.threads: 1 -> 2",
+        "put the recipe back, or start a new run, in another folder and without --resume",
+    ]
+    # What has no part in the result may change.
+    commands.resume_newest("quickstart", (*SMALL, "checkpoint.keep=3", f"data.root={in_tmp}"), Path("a"))
+    assert load("a/resolved.yaml").checkpoint.keep == 3
 
 
 def test_quickstart_runs_each_rule_from_the_same_weights(in_tmp: Path, capsys: pytest.CaptureFixture[str]):
@@ -117,3 +150,13 @@ def test_the_final_line_has_no_number_of_the_paper_where_it_left_the_cell_blank(
     result = Result(test_error=1.234, best_epoch=7, validation_error=1.5, final_test_error=2.0, seconds=125.4)
     line = commands.final_line(load("mnist/fa", ("paper.error=null",)), result, RunDirectory(Path("runs/x")))
     assert line.startswith("mnist/fa: test error 1.23 %, best epoch 7 ")
+
+
+def test_the_final_line_has_no_number_of_the_paper_where_the_images_are_others():
+    result = Result(test_error=1.234, best_epoch=7, validation_error=1.5, final_test_error=2.0, seconds=125.4)
+    line = commands.final_line(load("mnist/fa", ("data.dataset=fashion_mnist",)), result, RunDirectory(Path("runs/x")))
+    assert line.startswith("mnist/fa: test error 1.23 %, best epoch 7 ")
+    for name in shipped_names():
+        recipe = load(name)
+        if recipe.paper is not None and recipe.paper.error is not None:
+            assert "(paper: " in commands.final_line(recipe, result, RunDirectory(Path("runs/x"))), name

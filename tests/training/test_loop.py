@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,25 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fahooks import models
+from fahooks.data import Stream
+from fahooks.plugins import Failed
 from fahooks.recipe import Recipe
 from fahooks.surgery import convert
 from fahooks.training import checkpoint, loop
 from fahooks.training.loop import Diverged, Result, train
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import prepare
+from fahooks.training.stopping import Stop
+
+from .conftest import SOURCE
 
 Run = Callable[..., tuple[RunDirectory, Result]]
 Tiny = Callable[..., Recipe]
 
 
 def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
-    return torch.load(run.checkpoint, weights_only=True)["model"]
+    (newest,) = run.checkpoints.iterdir()
+    return torch.load(newest, weights_only=True)["parts"]["model"]
 
 
 def same(a: RunDirectory, b: RunDirectory) -> bool:
@@ -80,34 +87,42 @@ def test_probes_do_not_change_the_training(run: Run):
 
 # Of 15 steps, 5 an epoch: signs freeze in the second epoch.
 HOOKS = "hooks=[{name: freeze_signs, after: 0.5}, {name: alignment, match: dense}]"
+DROPOUT = "model={name: timm/resnet18, drop_rate: 0.5}"
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """Ask the run to stop after so many batches, those of evaluations among them."""
+    real, left = Stream.__iter__, [batches]
+
+    def counted(self: Stream):
+        for batch in real(self):
+            yield batch
+            left[0] -= 1
+            if left[0] == 0:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Stream, "__iter__", counted)
 
 
 @pytest.mark.parametrize(
-    ("stop_after", "overrides"),
+    ("batches", "overrides"),
     [
-        (0, []),
-        (1, []),
-        (2, []),
-        (1, [HOOKS]),
-        (2, [HOOKS]),
-        (1, ["feedback=[{rule: kp}]"]),
-        (1, ["feedback=[{rule: wm}]"]),
+        # Of each epoch, five batches are trained on, and then one is validated on; at the end one is tested on.
+        *((batches, []) for batches in (1, 3, 5, 6, 7, 13, 17, 18, 19)),
+        (3, [HOOKS]),
+        (10, [HOOKS]),
+        (9, ["feedback=[{rule: kp}]"]),
+        (9, ["feedback=[{rule: wm}]"]),
+        (9, ["feedback=[{rule: brsf}]"]),
+        (9, [DROPOUT, "probes.every=null", "data.limit=110", "data.batch_size=10"]),
     ],
 )
-def test_an_interrupted_run_that_is_resumed_ends_with_the_same_bits(
-    stop_after: int, overrides: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stopped_run_that_is_resumed_ends_with_the_same_bits(
+    batches: int, overrides: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     whole, whole_result = run("whole", *overrides)
-    real_epoch = loop.train_epoch
-
-    def stop(setup: Any, epoch: int, progress: Any, *rest: Any) -> dict[str, Any]:
-        row = real_epoch(setup, epoch, progress, *rest)
-        if epoch > stop_after:
-            raise KeyboardInterrupt
-        return row
-
-    monkeypatch.setattr(loop, "train_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
+    stop_at(monkeypatch, batches + 1)  # the first one was tried out
+    with pytest.raises(KeyboardInterrupt, match="go on with `fahooks train --resume"):
         run("cut", *overrides)
     monkeypatch.undo()
     path = tmp_path / "cut"
@@ -121,6 +136,25 @@ def test_an_interrupted_run_that_is_resumed_ends_with_the_same_bits(
     assert (result.test_error, result.best_epoch) == (whole_result.test_error, whole_result.best_epoch)
     for kind in ("epoch", "probe", "test"):
         assert without_times(whole.rows(kind)) == without_times(cut.rows(kind))
+    assert curves(whole) == curves(cut)
+
+
+def curves(run: RunDirectory) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard draws, without times."""
+    events = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in ("seconds", "images_per_second")]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def test_a_stop_is_heeded_after_the_step_and_a_second_one_at_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stop_at(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3, which is saved"):
+        run("a")
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGHUP)
 
 
 def test_hooks_act_on_the_run(run: Run, tiny: Tiny):
@@ -137,14 +171,14 @@ def test_the_best_epoch_is_the_one_with_the_lowest_validation_error(tiny: Tiny, 
     asked: list[str] = []
     norms: list[float] = []
 
-    def pretend(setup: Any, loader: Any, name: str) -> dict[str, float]:
+    def pretend(setup: Any, loader: Any, name: str, stop: Any) -> dict[str, float]:
         asked.append(name)
         norms.append(setup.model.get_parameter("dense.weight").norm().item())
         return {f"{name}_loss": 1.0, f"{name}_error": next(errors[name])}
 
     monkeypatch.setattr(loop, "evaluate", pretend)
     setup = prepare(tiny("train.epochs=4"))
-    run = RunDirectory(tmp_path)
+    run = RunDirectory.create(setup.recipe, SOURCE, out=tmp_path)
     result = train(setup, run)
     assert asked == ["validation"] * 4 + ["test"] * 2
     assert (result.best_epoch, result.validation_error, result.final_test_error, result.test_error) == (2, 20.0, 7.0, 9.0)
@@ -157,7 +191,7 @@ def test_a_run_directory_has_all_that_it_should(run: Run, tiny: Tiny):
     directory, result = run("a")
     assert {p.name for p in directory.path.iterdir()} == {
         "recipe.yaml", "resolved.yaml", "env.json", "layers.json", "metrics.jsonl", "summary.csv",
-        "checkpoint.pt", "best.safetensors", "status.json", "tb",
+        "checkpoints", "best.safetensors", "status.json", "tb", "plots.png",
     }  # fmt: skip
     assert yaml.safe_load((directory.path / "resolved.yaml").read_text())["data"]["loader"] == "memory"
     layers = json.loads((directory.path / "layers.json").read_text())["layers"]
@@ -184,20 +218,6 @@ def test_tensorboard_gets_the_curves(run: Run):
     assert [event.value for event in events.Scalars("validation_error")] == pytest.approx(logged)
 
 
-def test_tensorboard_forgets_a_first_epoch_that_is_run_again(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def stop(*args: Any) -> dict[str, Any]:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "evaluate", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run("cut")
-    monkeypatch.undo()
-    cut, recipe = RunDirectory.reopen(tmp_path / "cut")
-    train(prepare(recipe), cut, resume=True)
-    events = EventAccumulator(str(cut.tensorboard)).Reload()
-    assert [event.step for event in events.Scalars("angle/conv1")] == [0, 4, 8, 12]
-
-
 def test_the_reported_test_error_is_that_of_the_saved_weights(run: Run, tiny: Tiny):
     directory, result = run("a")
     setup = prepare(tiny())
@@ -222,7 +242,7 @@ def test_a_loss_that_is_not_a_number_stops_with_one_line(run: Run, tmp_path: Pat
         run("a", "optim={name: sgd, lr: 1.0e+30}", "feedback=[{rule: bp}]")
     assert "\n" not in str(caught.value)
     status = json.loads((tmp_path / "a" / "status.json").read_text())
-    assert status["state"] == "failed" and status["reason"].startswith("Diverged: the loss was")
+    assert status["state"] == "failed" and status["reason"].startswith("the loss was")
 
 
 def test_an_error_in_the_middle_is_recorded(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -230,10 +250,11 @@ def test_an_error_in_the_middle_is_recorded(tiny: Tiny, tmp_path: Path, monkeypa
         raise RuntimeError("disk on fire")
 
     monkeypatch.setattr(loop, "evaluate", breaks)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(Failed, match="RuntimeError: disk on fire; this is a fault of fahooks or a plugin") as caught:
         train(prepare(tiny()), RunDirectory(tmp_path))
     status = json.loads((tmp_path / "status.json").read_text())
-    assert (status["state"], status["reason"]) == ("failed", "RuntimeError: disk on fire")
+    assert (status["state"], status["reason"]) == ("failed", str(caught.value))
+    assert "in breaks" in (tmp_path / "failure.txt").read_text()
 
 
 def test_evaluation_is_in_evaluation_mode_and_counts_every_image(tiny: Tiny):

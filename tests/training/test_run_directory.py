@@ -86,15 +86,49 @@ def test_the_summary_has_a_row_an_epoch_and_the_tested_errors(tiny: Tiny, tmp_pa
 def test_what_a_resumed_run_will_write_again_is_trimmed(tiny: Tiny, tmp_path: Path):
     run = make(tiny, tmp_path / "run")
     for epoch in (1, 2, 3):
-        run.log("probe", epoch=epoch, angle={})
-        run.log("epoch", epoch=epoch)
+        run.log("probe", epoch=epoch, step=5 * epoch - 5)
+        run.log("probe", epoch=epoch, step=5 * epoch - 2)
+        run.log("epoch", epoch=epoch, step=5 * epoch)
     run.log("test", epoch=1, test_error=1.0)
     with run.metrics.open("a") as file:
         file.write('{"kind": "epo')
-    run.trim(2)
-    assert [r["epoch"] for r in run.rows("epoch")] == [r["epoch"] for r in run.rows("probe")] == [1, 2]
+    (run.path / "summary.csv.partial").write_text("half")
+    run.checkpoints.mkdir()
+    (run.checkpoints / "step-000000012.pt.partial").write_text("half")
+    run.trim(2, 12)
+    assert [r["step"] for r in run.rows("epoch")] == [5, 10]
+    assert [r["step"] for r in run.rows("probe")] == [0, 3, 5, 8, 10]
     assert run.rows("test") == []
     assert [r["epoch"] for r in rows(run)] == ["1", "2"]
+    assert list(run.path.rglob("*.partial")) == []
+    run.trim(1, 5)
+    assert [r["step"] for r in run.rows("epoch")] == [5]
+    assert [r["step"] for r in run.rows("probe")] == [0, 3]
+
+
+def test_the_newest_run_of_a_recipe_and_seed_is_found(tiny: Tiny, in_tmp: Path):
+    assert RunDirectory.newest("tiny", 0) is None
+    for _ in range(11):
+        make(tiny, None)
+    RunDirectory.create(tiny("seed=1"), Source("r.yaml", ""), out=None)
+    RunDirectory.create(tiny("name=tiny-3"), Source("r.yaml", ""), out=None)  # runs/tiny-3-1
+    Path("runs/tiny-13").mkdir()  # barely begun
+    Path("runs/tiny-x").mkdir()
+    for name, seed, expected in (("tiny", 0, "tiny-11"), ("tiny", 1, "tiny-12"), ("tiny-3", 0, "tiny-3-1")):
+        found = RunDirectory.newest(name, seed)
+        assert found is not None and found.path == Path("runs") / expected
+
+
+def test_what_a_run_left_that_was_killed_while_it_began_is_no_hindrance(tiny: Tiny, tmp_path: Path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / "recipe.yaml").write_text("the text\n")
+    (tmp_path / "resolved.yaml.partial").write_text("name: ti")
+    assert make(tiny, tmp_path).begun
+    (tmp_path / "resolved.yaml").unlink()
+    (tmp_path / "env.json").unlink()
+    (tmp_path / "recipe.yaml").write_text("another recipe\n")
+    with pytest.raises(InputError, match="is not empty"):
+        make(tiny, tmp_path)
 
 
 def test_a_run_is_reopened_with_its_own_recipe(tiny: Tiny, tmp_path: Path):

@@ -1,0 +1,79 @@
+"""What ends a run before it is finished, recorded in its directory and put into one line."""
+
+from __future__ import annotations
+
+import errno
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fahooks.plugins import Failed, InputError
+from fahooks.training.run_directory import RunDirectory
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+
+
+@contextmanager
+def recorded(run: RunDirectory) -> Iterator[None]:
+    """Leave in status.json how the block ended before its time, and in failure.txt the traceback of a fault of the program.
+
+    Raises:
+        Failed: anything else than a stop and wrong input ended it; the error itself is its cause.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.status("interrupted", resume=f"fahooks train --resume {run.path}")
+        raise
+    except InputError as error:
+        _record(run, error, str(error))
+        raise
+    except Exception as error:
+        known = reason(error, run) or _fault(error, run)
+        _record(run, error, known)
+        raise Failed(known) from error
+
+
+def _record(run: RunDirectory, error: Exception, known: str) -> None:
+    try:
+        run.status("failed", reason=known, resume=f"fahooks train --resume {run.path}")
+    except OSError as unwritable:
+        error.add_note(f"status.json could not be written: {unwritable.strerror}")
+
+
+def _fault(error: Exception, run: RunDirectory) -> str:
+    """A line about a fault of the program, whose traceback goes into failure.txt."""
+    known = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    try:
+        run.write("failure.txt", "".join(traceback.format_exception(error)))
+    except OSError as unwritable:
+        return f"{known}; its traceback could not be written to {run.failure}: {unwritable.strerror}"
+    return f"{known}; this is a fault of fahooks or a plugin, with its traceback in {run.failure}"
+
+
+def reason(error: BaseException, run: RunDirectory) -> str | None:
+    """What went wrong outside of the program, and what to do; None where that is not known."""
+    again = f"go on with `fahooks train --resume {run.path}`"
+    if is_out_of_memory(error):
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        what = f" ({asked[1]} more were asked for)" if asked else ""
+        return f"out of memory{what}: free some, then {again}; or start anew with a lower data.batch_size"
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    where = repr(str(error.filename)) if error.filename is not None else f"the run directory {str(run.path)!r}"
+    if error.errno in FULL:
+        return f"no room to write in {where} ({error.strerror}): make room, then {again}; the last checkpoint is whole"
+    if error.errno in MISSING:
+        return f"{where} is missing ({error.strerror}): put it back, then {again}"
+    return f"{where} can not be used ({error.strerror}): mend that, then {again}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or device had no memory left; torch says so of the host in a RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "not enough memory" in str(error))
