@@ -71,7 +71,7 @@ class Stateful(Protocol):
         """What it keeps."""
         ...
 
-    def load_state_dict(self, state_dict: Any) -> Any:
+    def load_state_dict(self, state_dict: Any, /) -> Any:
         """Go on from what `state_dict` returned."""
         ...
 

@@ -13,7 +13,7 @@ from fahooks.training.checkpoint import check_same
 from fahooks.training.failures import recorded
 from fahooks.training.loop import Result, train
 from fahooks.training.run_directory import RunDirectory, fresh_directory
-from fahooks.training.setup import Setup, prepare
+from fahooks.training.setup import prepare
 
 QUICKSTART_RULES = ("bp", "fa", "usf_sn")
 
@@ -36,7 +36,7 @@ def start(name: str, overrides: Sequence[str] = (), out: Path | None = None) -> 
     setup = prepare(load(source, overrides))
     run = RunDirectory.create(setup.recipe, source, out=out, overrides=overrides, choices=setup.choices)
     with run.alone():
-        return final_line(setup.recipe, carry_out(setup, run, resumed=False), run)
+        return final_line(setup.recipe, train(setup, run), run)
 
 
 def resume(path: Path) -> str:
@@ -51,7 +51,7 @@ def resume(path: Path) -> str:
     with run.alone():
         with recorded(run):
             setup = prepare(recipe)
-        return final_line(recipe, carry_out(setup, run, resumed=True), run)
+        return final_line(recipe, train(setup, run, resume=True), run)
 
 
 def resume_newest(name: str, overrides: Sequence[str] = (), out: Path | None = None) -> str:
@@ -83,7 +83,7 @@ def resume_newest(name: str, overrides: Sequence[str] = (), out: Path | None = N
             result = Result(**run.read_status()["result"])
             return f"{final_line(setup.recipe, result, run)}: finished, there is nothing to do"
         run.write("resolved.yaml", setup.recipe.as_yaml())
-        return final_line(setup.recipe, carry_out(setup, run, resumed=True), run)
+        return final_line(setup.recipe, train(setup, run, resume=True), run)
 
 
 def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
@@ -115,27 +115,8 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
         changed = (*overrides, *_quickstart_overrides(rule))
         run = RunDirectory.create(setup.recipe, source, out=folder / rule, overrides=changed, choices=setup.choices)
         with run.alone():
-            carry_out(setup, run, resumed=False)
+            train(setup, run)
     return folder
-
-
-def carry_out(setup: Setup, run: RunDirectory, *, resumed: bool) -> Result:
-    """Train what `prepare` made; whoever stops it is told how to go on.
-
-    Arguments:
-        setup: what `prepare` made.
-        run: where files go.
-        resumed: go on after the last step that `run` has a checkpoint of.
-
-    Raises:
-        Diverged: the loss became infinite or not a number.
-        Failed: something else went wrong; the message says what.
-        KeyboardInterrupt: the user stopped it; the message says how to go on.
-    """
-    try:
-        return train(setup, run, resume=resumed)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(str(stop) or f"stopped; go on with `fahooks train --resume {run.path}`") from stop
 
 
 def final_line(recipe: Recipe, result: Result, run: RunDirectory) -> str:

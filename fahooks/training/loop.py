@@ -122,7 +122,11 @@ def train(setup: Setup, run: RunDirectory, *, resume: bool = False, console: Con
     """
     with recorded(run), Stop() as stop:
         run.status("running")
-        result = _train(setup, run, resume, console or Console(), stop)
+        try:
+            result = _train(setup, run, resume, console or Console(), stop)
+        except KeyboardInterrupt as error:
+            what = str(error) or "stopped"
+            raise KeyboardInterrupt(f"{what}; go on with `fahooks train --resume {run.path}`") from error
         _plot(run)
         run.status("finished", result=asdict(result))
     return result
@@ -154,8 +158,7 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
                 _epoch(sitting, epoch)
         except Stopped as stopped:
             sitting.save()
-            what = f"stopped after step {progress.step}, which is saved"
-            raise KeyboardInterrupt(f"{what}; go on with `fahooks train --resume {run.path}`") from stopped
+            raise Stopped(f"stopped after step {progress.step}, which is saved") from stopped
         final = evaluate(setup, setup.test, "test", stop)
         run.log("test", weights="final", epoch=progress.epoch, **final)
         checkpoint.load_weights(run.best, setup.model)
@@ -292,7 +295,7 @@ def _board(run: RunDirectory, resumed_at: int | None) -> SummaryWriter:
     """TensorBoard's writer; in a run that goes on it takes back what was written from step `resumed_at` on."""
     board = SummaryWriter(str(run.tensorboard), purge_step=resumed_at)
     for row in run.rows("epoch")[-1:]:
-        if row["step"] == resumed_at:  # the epoch that the checkpoint ends is not trained again
+        if resumed_at is not None and row["step"] == resumed_at:  # the epoch that the checkpoint ends is not trained again
             _to_board(board, _curves(row), resumed_at)
     return board
 
@@ -315,5 +318,4 @@ def _plot(run: RunDirectory) -> None:
 
 
 def _finite(model: nn.Module) -> bool:
-    weights = [weight.detach() for weight in model.parameters() if weight.is_floating_point()]
-    return all(bool(total.isfinite()) for total in torch._foreach_norm(weights)) if weights else True
+    return bool(torch.stack([weight.isfinite().all() for weight in model.parameters()]).all())

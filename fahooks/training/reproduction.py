@@ -17,9 +17,8 @@ from fahooks.recipe.comparison import differences
 from fahooks.recipe.reading import add_file
 from fahooks.recipe.tree import Tree
 from fahooks.report import table1
-from fahooks.training.checkpoint import FREE
-from fahooks.training.commands import carry_out, final_line
-from fahooks.training.loop import Diverged
+from fahooks.training.commands import final_line
+from fahooks.training.loop import Diverged, train
 from fahooks.training.run_directory import BARELY_BEGUN, RunDirectory, held
 from fahooks.training.setup import Setup, prepare, resolve
 
@@ -86,7 +85,7 @@ def reproduce(
 ) -> list[str]:
     """Train what is missing of the chosen cells of Table 1, each in out/<recipe name>/seed-<n>.
 
-    A finished run is taken as it is, one that was interrupted goes on after its last finished epoch. Whatever can be wrong before
+    A finished run is taken as it is, one that was interrupted goes on. Whatever can be wrong before
     the first step, of any run, is found before anything is written. Several processes may work on one folder: each run is trained
     by one of them.
 
@@ -113,7 +112,7 @@ def reproduce(
             prepare(recipe)
         lines = [_train(run, console, f"{number} of {len(missing)}") for number, run in enumerate(missing, start=1)]
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt("stopped; the same command goes on after the last finished epoch") from stop
+        raise KeyboardInterrupt("stopped; the same command goes on from there") from stop
     return [line for line in lines if line]
 
 
@@ -261,14 +260,14 @@ def _made_from(path: Path) -> Recipe:
 
 
 def _check_same(path: Path, made_from: Recipe, asked: Recipe) -> None:
-    found = differences(made_from.model_dump(mode="json"), asked.model_dump(mode="json"), apart_from=FREE)
+    found = differences(made_from.model_dump(mode="json"), asked.model_dump(mode="json"), apart_from=("checkpoint", "data.root"))
     if found:
         said = ", ".join(f"{key} ({there} there, {here} asked)" for key, (there, here) in found.items())
         raise InputError(f"{str(path)!r} holds a run of another recipe: {said}; name another --out")
 
 
 def _train(run: Wanted, console: Console, number: str) -> str:
-    """Train a run, from its beginning or its last finished epoch; a line about it if its loss diverged."""
+    """Train a run, from its beginning or from where it was stopped; a line about it if its loss diverged."""
     name = f"{run.recipe.name}, seed {run.recipe.seed}"
     run.path.mkdir(parents=True, exist_ok=True)
     with held(run.run.lock) as mine:
@@ -280,7 +279,7 @@ def _train(run: Wanted, console: Console, number: str) -> str:
         resumed = run.begun
         directory = run.run if resumed else _created(run, setup)
         try:
-            result = carry_out(setup, directory, resumed=resumed)
+            result = train(setup, directory, resume=resumed)
         except Diverged as error:
             _print(console, f"{name}: {error}")
             return f"{name}: {error}"

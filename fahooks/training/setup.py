@@ -68,7 +68,7 @@ class Setup:
     def parts(self) -> dict[str, Stateful]:
         """What keeps the state that a run needs to go on, by name."""
         parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
-        return parts if self.hooks is None else {**parts, "hooks": self.hooks}
+        return parts if self.hooks is None else parts | {"hooks": self.hooks}
 
 
 def prepare(recipe: Recipe) -> Setup:

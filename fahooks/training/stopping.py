@@ -9,8 +9,8 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stopped(Exception):
-    """A run was asked to stop, and is at a place where it can be saved."""
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop, and is at a place where it can be saved; the message says how to go on."""
 
 
 class Stop:

@@ -84,7 +84,7 @@ def test_a_stopped_command_says_that_it_goes_on_and_does(run, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", stop)
         done = run(*TABLE, *TINY)
-    assert (done.exit_code, done.stderr) == (130, "fahooks: stopped; the same command goes on after the last finished epoch\n")
+    assert (done.exit_code, done.stderr) == (130, "fahooks: stopped; the same command goes on from there\n")
     done = run(*TABLE, *TINY, "--out", str(Path("runs/table1").absolute()))
     assert done.exit_code == 0
     assert "1 of 1: mnist/bp, seed 0: goes on" in done.stdout

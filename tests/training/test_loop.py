@@ -91,15 +91,15 @@ DROPOUT = "model={name: timm/resnet18, drop_rate: 0.5}"
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
-    """Ask the run to stop after so many batches, those of evaluations among them."""
+    """Ask the run to stop at the last one of so many batches, those of evaluations among them."""
     real, left = Stream.__iter__, [batches]
 
     def counted(self: Stream):
         for batch in real(self):
-            yield batch
             left[0] -= 1
             if left[0] == 0:
                 signal.raise_signal(signal.SIGTERM)
+            yield batch
 
     monkeypatch.setattr(Stream, "__iter__", counted)
 
