@@ -5,6 +5,9 @@ knows nothing of layers, classes and adapters. A call that went through `fahooks
 rule. A matrix product or convolution that did not, and one of whose operands is made of parameters alone, sends the error back
 by the transpose of that operand. Products of two signals (attention) and elementwise products with parameters (norms, layer
 scale) keep their true derivative under every rule.
+
+Direct rules send each sample of a batch its own error. Which values belong to which sample they know from shapes alone, so that
+the audit tries it: it changes samples of the example, and looks at what changes at the inputs of their layers.
 """
 
 from __future__ import annotations
@@ -13,19 +16,21 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from fahooks import functional
 from fahooks.observation import as_found, edges, inputs_first, tensors, with_gradient
 from fahooks.plugins import InputError
-from fahooks.rules.passes import Injection, is_marked
+from fahooks.rules.passes import Injection, is_marked, kept_passes, passes_of
 from fahooks.surgery import feedback_rules, lineage
 from fahooks.surgery.layer import rule_of
 
@@ -83,26 +88,32 @@ class Findings:
         idle: names of the converted weights that only multiply a constant, such as a table of coordinates: no error is sent
             to it, so that there is nothing to route.
         unrouted: the linear operations with a weight and without a rule, in the order of the forward pass.
+        mixed: names of the converted weights whose direct rule sends a sample the error of another one: the batch is not the
+            first dimension of their input, the parts of a sample do not lie together in it, or it has nothing to do with the
+            batch. Tried in evaluation mode, where the example has several samples that differ.
     """
 
     routed: tuple[str, ...]
     never_called: tuple[str, ...]
     idle: tuple[str, ...]
     unrouted: tuple[Unrouted, ...]
+    mixed: tuple[str, ...] = ()
 
     @property
     def clean(self) -> bool:
-        """Whether every rule is used and every linear operation with a weight has one."""
-        return not self.never_called and not self.unrouted
+        """Whether every rule is used, every linear operation with a weight has one, and each sample gets its own error."""
+        return not self.never_called and not self.unrouted and not self.mixed
 
     def __str__(self) -> str:
         rows = [("never called", name or "(model)", "") for name in self.never_called]
+        rows += [("mixed samples", name or "(model)", "") for name in self.mixed]
         rows += [(f"unrouted {use.operation}", ", ".join(use.parameters), use.source) for use in self.unrouted]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         counts = (
             f"{len(self.routed)} weights routed, {len(self.never_called)} never called, {len(self.unrouted)} unrouted operations"
         )
+        counts += f", {len(self.mixed)} with mixed samples" if self.mixed else ""
         return "\n".join([*lines, f"{'clean' if self.clean else 'not clean'}: {counts}"])
 
 
@@ -137,10 +148,66 @@ def audit(model: nn.Module, *example_inputs: Any, ignore: str | Iterable[str] = 
             "or torch.inference_mode, nor detach what it returns"
         )
     ignored = [ignore] if isinstance(ignore, str) else list(ignore)
-    return _findings(_Graph(outputs, model), model, ignored)
+    mixed = _mixed(model, (example_inputs, example_options)) if passes_of(model) else ()
+    return _findings(_Graph(outputs, model), model, ignored, mixed)
 
 
-def _findings(graph: _Graph, model: nn.Module, ignored: Sequence[str]) -> Findings:
+def _mixed(model: nn.Module, example: Any) -> tuple[str, ...]:
+    """The names of weights at whose inputs a change of one sample changes what a direct rule takes for another's."""
+    with kept_passes(model) as passes:
+        _evaluate(model, example)
+        samples = min((current.samples for current in passes), default=1)
+        batches = [value for value in pytree.tree_leaves(example) if _is_batch(value, samples)]
+        if samples < 2 or all(torch.equal(batch, batch.roll(1, 0)) for batch in batches):
+            return ()
+        del passes[:]
+        for number in range(3):
+            _evaluate(model, pytree.tree_map(partial(_changed, samples, number), example))
+    # Batch norm without running statistics makes something of every sample for all others, much less than of the sample itself.
+    statistics = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
+    limit = 0.5 if statistics else 1e-3
+    mixed: dict[str, None] = {}
+    third = len(passes) // 3
+    visits = [[visit for current in passes[at : at + third] for visit in current.visits] for at in (0, third, 2 * third)]
+    for before, one, every in zip(*visits, strict=False):  # what a model calls may depend on what it is given
+        if not before.units == one.units == every.units:
+            continue
+        folded = [visit.units.fold(visit.tensor.detach().double()) for visit in (before, one, every)]
+        changes = (folded[1] - folded[0]).flatten(1).norm(dim=1)
+        # The same for any batch, and not for every sample, as a class token is.
+        constant = torch.equal(folded[0], folded[2]) and not torch.equal(folded[0], folded[0].roll(1, 0))
+        if constant or changes[1:].norm() > limit * changes[0]:
+            mixed[before.rule.name] = None
+    return tuple(mixed)
+
+
+def _evaluate(model: nn.Module, example: Any) -> None:
+    """One forward pass in evaluation mode, in which the samples of a batch have nothing to do with each other."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with as_found(model), torch.enable_grad():
+            for parameter in model.parameters():
+                parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+            args, options = pytree.tree_map(with_gradient, example)
+            model.eval()(*args, **options)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _changed(samples: int, number: int, value: Any) -> Any:
+    """A batch whose neighbours take the place of no sample (number 0), of the first one (1), or of all samples (2)."""
+    if number == 0 or not _is_batch(value, samples):
+        return value
+    rolled = value.detach().roll(1, 0)
+    return rolled if number == 2 else torch.cat([rolled[:1], value.detach()[1:]])
+
+
+def _is_batch(value: Any, samples: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == samples
+
+
+def _findings(graph: _Graph, model: nn.Module, ignored: Sequence[str], mixed: tuple[str, ...]) -> Findings:
     served: set[int] = set()
     constant: set[str] = set()
     unrouted: list[Unrouted] = []
@@ -162,6 +229,7 @@ def _findings(graph: _Graph, model: nn.Module, ignored: Sequence[str]) -> Findin
         never_called=tuple(name for name in unused if name not in idle),
         idle=tuple(idle),
         unrouted=tuple(unrouted),
+        mixed=mixed,
     )
 
 

@@ -157,6 +157,7 @@ def _check_audit(model: nn.Module, inputs: Sequence[Any], ignore: Sequence[str])
         Problem(", ".join(use.parameters), f"unrouted {use.operation}{' at ' if use.source else ''}{use.source}")
         for use in found.unrouted
     ]
+    problems += [Problem(name or "model", "its rule sends a sample the error of another one") for name in found.mixed]
     extent = "every linear map with a weight is routed through a rule"
     if ignore:
         extent += f", save {len(ignore)} {_plural('layer', len(ignore))} left out as asked"

@@ -381,3 +381,76 @@ def test_findings_print_as_a_table():
     assert total == "not clean: 2 weights routed, 1 never called, 1 unrouted operations"
     fahooks.revert(model)
     assert str(fahooks.audit(model, images(), ignore="*")) == "clean: 0 weights routed, 0 never called, 0 unrouted operations"
+
+
+def encoder(batch_first: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first), nn.Linear(8, 3))
+
+
+def siamese(interleaved: bool) -> nn.Module:
+    """One network for both halves of the example, which is called once."""
+    join = (lambda x, y: torch.stack([x, y], 1).flatten(0, 1)) if interleaved else (lambda x, y: torch.cat([x, y]))
+    part = (lambda h: h.unflatten(0, (-1, 2)).unbind(1)) if interleaved else (lambda h: h.chunk(2))
+
+    def forward(own: Any, x: Tensor, y: Tensor) -> Tensor:
+        return own.head(torch.cat(part(own.body(join(x, y)).relu()), 1))
+
+    torch.manual_seed(0)
+    return Applied(forward, body=nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), head=nn.Linear(6, 2))
+
+
+def table(learned: bool) -> nn.Module:
+    """Adds to its input, of a batch of 3, what a layer makes of it or of a table with 6 rows."""
+
+    def forward(own: Any, x: Tensor) -> Tensor:
+        return own.head(x + (own.layer(own.rows).view(2, 3, 5).sum(0) if learned else own.layer(x)))
+
+    torch.manual_seed(0)
+    return Applied(forward, rows=torch.randn(6, 5), layer=nn.Linear(5, 5), head=nn.Linear(5, 2))
+
+
+def recurrent(batch_first: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return Applied(lambda own, x: own.head(own.rnn(x)[0]), rnn=nn.LSTM(6, 4, batch_first=batch_first), head=nn.Linear(4, 3))
+
+
+MIXED: dict[str, tuple[nn.Module, nn.Module, list[tuple[int, ...]], list[str]]] = {
+    "sequence first": (encoder(True), encoder(False), [(5, 5, 8)], ["0.self_attn.in_proj_weight", "0.linear1", "0.linear2", "1"]),
+    "recurrent": (recurrent(True), recurrent(False), [(5, 7, 6)], ["head"]),
+    "siamese": (siamese(True), siamese(False), [(4, 4), (4, 4)], ["body.0", "body.2"]),
+    "table": (table(False), table(True), [(3, 5)], ["layer"]),
+}
+"""A model whose samples lie as direct rules take them, one whose do not, what both are called with, and layers of that one."""
+
+
+@pytest.mark.parametrize("rule", ["dfa", "dense_fa"])
+@pytest.mark.parametrize("name", MIXED)
+def test_layers_at_which_samples_are_mixed_are_named(name: str, rule: str):
+    good, bad, shapes, expected = MIXED[name]
+    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes]
+    for model in (good, bad):
+        fahooks.convert(model, rule)
+    assert fahooks.audit(good, *inputs).mixed == ()
+    findings = fahooks.audit(bad, *inputs)
+    assert set(findings.mixed) >= set(expected) and not findings.clean
+    assert "mixed samples  " in str(findings) and f", {len(findings.mixed)} with mixed samples" in str(findings)
+    assert fahooks.audit(bad, *(torch.ones_like(x) for x in inputs)).mixed == (), "control: samples that are alike tell nothing"
+    fahooks.convert(bad, "fa")
+    assert fahooks.audit(bad, *inputs).mixed == (), "control: feedback alignment does not ask what a sample is"
+
+
+def test_what_every_sample_has_in_common_mixes_none():
+    token = torch.randn(5)
+    model = Applied(lambda own, x: own.layer(own.token.expand_as(x)) * x, token=token, layer=nn.Linear(5, 5))
+    fahooks.convert(model, "dfa")
+    assert fahooks.audit(model, torch.randn(3, 5)).clean
+
+
+def test_batch_statistics_do_not_mix_samples():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)
+    )
+    fahooks.convert(model, "dfa")
+    assert fahooks.audit(model, torch.randn(8, 3, 4, 4)).clean
+    assert model.training

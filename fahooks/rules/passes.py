@@ -140,11 +140,13 @@ class Passes:
     Attributes:
         current: the pass that is running; None outside of one.
         targets: what the next passes are to know of.
+        kept: the passes that ended inside `kept_passes`; None outside of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.current: Pass | None = None
         self.targets: Targets | None = None
+        self.kept: list[Pass] | None = None
         self.handles = (
             model.register_forward_pre_hook(self.begin, with_kwargs=True, prepend=True),
             model.register_forward_hook(self.end, always_call=True),
@@ -161,6 +163,8 @@ class Passes:
         current, self.current = self.current, None
         if current is None or output is None:  # there is no output where the forward pass raised
             return output
+        if self.kept is not None:
+            self.kept.append(current)
         for visit in reversed(current.visits):
             output = visit.rule.finish(visit, output, current)
         return output
@@ -175,6 +179,20 @@ def passes_of(model: nn.Module) -> list[Passes]:
     """The watched passes of a model and its parts."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     return [hook.__self__ for hook in hooks if isinstance(getattr(hook, "__self__", None), Passes)]
+
+
+@contextmanager
+def kept_passes(model: nn.Module) -> Iterator[list[Pass]]:
+    """Collect the forward passes of the model and its parts that end inside, in order."""
+    kept: list[Pass] = []
+    watched = passes_of(model)
+    for passes in watched:
+        passes.kept = kept
+    try:
+        yield kept
+    finally:
+        for passes in watched:
+            passes.kept = None
 
 
 @contextmanager
