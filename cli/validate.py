@@ -14,13 +14,13 @@ def validate(recipes: tuple[str, ...]) -> None:
 
     RECIPE is the name of a shipped recipe (`fahooks ls recipes`) or a file. One line each; exit code 2 if one is wrong.
     """
-    from fahooks.recipe import shipped_names
+    from fahooks.recipe import printable, shipped_names
 
     names = recipes or shipped_names()
     wrong = 0
     for name in names:
         problems = _problems(name)
-        click.echo(f"{name}: {'; '.join(problems) or 'ok'}")
+        click.echo(f"{printable(name)}: {'; '.join(problems) or 'ok'}")
         wrong += bool(problems)
     if wrong:
         raise InputError(f"{wrong} of {len(names)} recipes {'is' if wrong == 1 else 'are'} wrong")

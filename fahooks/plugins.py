@@ -64,7 +64,7 @@ class Entry:
     summary: str
     paper: str
     package: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def build(self, *args: Any, **options: Any) -> Any:
         """Call the target with `options`.

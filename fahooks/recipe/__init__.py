@@ -20,3 +20,4 @@ from fahooks.recipe.schema import Cosine as Cosine
 from fahooks.recipe.schema import Paper as Paper
 from fahooks.recipe.schema import Recipe as Recipe
 from fahooks.recipe.schema import Step as Step
+from fahooks.recipe.tree import printable as printable

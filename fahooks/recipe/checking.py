@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Container, Mapping
+from functools import cache
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -17,6 +18,12 @@ from fahooks.recipe.schema import OpenSection
 from fahooks.recipe.tree import ABSENT, Key, Tree, child_of, shown
 
 SomeSection = TypeVar("SomeSection", bound=OpenSection)
+
+# Options of timm's and torchvision's models that read files or fetch them: a pickle in one could run code.
+WEIGHTS_FROM_ELSEWHERE = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
+    *("weights", "weights_backbone"),
+}
 
 
 def add_schema_problems(
@@ -97,9 +104,18 @@ def check_names(tree: Tree) -> None:
         _check_options(tree, ("model",), plugins.models.get(name), own={"name"})
     elif isinstance(name, str):
         _try(tree, ("model", "name"), lambda: models.check(name))
+        for option in sorted(WEIGHTS_FROM_ELSEWHERE & tree.get(("model",)).keys()):
+            tree.problem(
+                ("model", option), f"weights start at random; a recipe reads none (got {shown(tree.get(('model', option)))})"
+            )
     feedback = tree.get(("feedback",))
+    first: dict[str, int] = {}
     for index, entry in enumerate(feedback if isinstance(feedback, list) else []):
         _check_feedback(tree, ("feedback", index), entry)
+        match = str(tree.get(("feedback", index, "match")) or "*")
+        if first.setdefault(match, index) != index:
+            problem = f"feedback.{first[match]} has this pattern already, and the first match wins (got {shown(match)})"
+            tree.problem(("feedback", index, "match"), problem)
     hooks = tree.get(("hooks",))
     for index, entry in enumerate(hooks if isinstance(hooks, list) else []):
         _check_hook(tree, ("hooks", index), entry)
@@ -153,11 +169,6 @@ def _check_feedback(tree: Tree, key: Key, entry: Any) -> None:
     rule = _check(tree, (*key, "rule"), plugins.rules)
     if rule is not None and _check_options(tree, key, rule, own={"match", "rule"}):
         _try(tree, key, lambda: rule.build(**{k: v for k, v in entry.items() if k not in ("match", "rule")}))
-    match = tree.get((*key, "match")) or "*"
-    for index in range(int(key[-1])):
-        if (tree.get(("feedback", index, "match")) or "*") == match:
-            problem = f"feedback.{index} has this pattern already, and the first match wins (got {shown(match)})"
-            tree.problem((*key, "match"), problem)
 
 
 def _check_augmentation(tree: Tree, key: Key, step: Any) -> None:
@@ -203,6 +214,7 @@ def _check_options(tree: Tree, section: Key, entry: plugins.Entry, own: set[str]
     return True
 
 
+@cache
 def _options_schema(entry: plugins.Entry) -> type[BaseModel]:
     target = entry.target.__init__ if inspect.isclass(entry.target) else entry.target
     hints = get_type_hints(target)

@@ -14,17 +14,20 @@ from fahooks.recipe.reading import Source, add_file, add_override, all_names, fi
 from fahooks.recipe.schema import Paper, Recipe
 from fahooks.recipe.tree import Tree
 
+MAX_PROBLEMS = 100
+
 
 class RecipeError(InputError):
-    """A recipe is wrong: the message has one line for each problem.
+    """A recipe is wrong: the message has one line for each problem, of hundreds the first ones.
 
     Arguments:
         problems: the lines.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
+        more = len(problems) - MAX_PROBLEMS
+        self.problems = [*problems[:MAX_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]
+        super().__init__("\n".join(self.problems))
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ def load(source: Source | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     tree = Tree()
     add_file(tree, find(source) if isinstance(source, str) else source, ())
+    if not tree.whole:
+        raise RecipeError(tree.problems)
     for override in overrides:
         add_override(tree, override)
     recipe: Recipe | None = None

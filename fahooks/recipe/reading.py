@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +16,13 @@ import yaml
 
 from fahooks.plugins import InputError, near
 from fahooks.recipe.tree import ABSENT, Key, Tree, child_of, dotted, shown
+
+# What a recipe may cost to read, whoever wrote it. The largest that ships has 700 bytes, 40 values, and one base.
+MAX_BYTES = 100_000
+MAX_VALUES = 5_000
+MAX_DEPTH = 20
+MAX_DIGITS = 100
+MAX_BASES = 10
 
 
 @dataclass(frozen=True)
@@ -42,17 +50,36 @@ def find_beside(name: str, beside: Path | None) -> Source:
     path = path if beside is None else beside / path
     shipped = name.removesuffix(".yaml")
     if os.path.isfile(path):
-        try:
-            return Source(str(path), path.read_text(encoding="utf-8"), path.parent)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"recipe {str(path)!r} can not be read: {error}") from error
+        return read_file(path)
     package = resources.files("fahooks.recipes")
     known = list(all_names(package, ""))
     if shipped in known:
         file = package.joinpath(*f"{shipped}.yaml".split("/"))
         return Source(str(file), file.read_text(encoding="utf-8"), Path(str(package)))
     hint = near(shipped, [k for k in known if not k.startswith("_")])
-    raise InputError(f"no recipe is named {name!r}, and there is no such file{hint}; `fahooks ls recipes` lists all")
+    file = "no such file" if not os.path.exists(path) else "a folder of that name, but no file"
+    file = file if os.path.isdir(path) or not os.path.exists(path) else "something of that name that is no regular file"
+    raise InputError(f"no recipe is named {shown(name)}, and there is {file}{hint}; `fahooks ls recipes` lists all")
+
+
+def read_file(path: Path) -> Source:
+    """The recipe in a regular file; nothing else is opened, since a device or a pipe may never end.
+
+    Raises:
+        InputError: it can not be read, is too large, or is no text.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            content = file.read(MAX_BYTES + 1) if regular else b""
+        if not regular:
+            raise InputError(f"recipe {str(path)!r} can not be read: it is no regular file")
+        if len(content) > MAX_BYTES:
+            raise InputError(f"recipe {str(path)!r} can not be read: it has more than {MAX_BYTES:,} bytes")
+        return Source(str(path), content.decode(), path.parent)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"recipe {str(path)!r} can not be read: {reason}") from error
 
 
 def all_names(folder: Traversable, prefix: str) -> Iterator[str]:
@@ -64,30 +91,50 @@ def all_names(folder: Traversable, prefix: str) -> Iterator[str]:
             yield prefix + entry.name.removesuffix(".yaml")
 
 
+class _TooMuch(Exception):
+    """What no recipe needs, and costs too much to read."""
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as the number that it is (YAML 1.1 wants 1.0e-4)."""
+    """SafeLoader that reads 1e-4 as the number that it is (YAML 1.1 wants 1.0e-4), and gives up on deep nesting early."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """Begin a list or mapping; PyYAML's time for a bracket grows with those that are open."""
+        if self.flow_level > MAX_DEPTH:
+            raise _TooMuch(f"more than {MAX_DEPTH} levels")
+        super().fetch_flow_collection_start(TokenClass)
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
+STANDARD = "tag:yaml.org,2002:"
+NUMBERS = (f"{STANDARD}int", f"{STANDARD}float")
+WORDS = (f"{STANDARD}str", f"{STANDARD}timestamp")  # no key is a time, and a name may look like one
+SCALARS = (*NUMBERS, *WORDS, f"{STANDARD}bool", f"{STANDARD}null")
 
-MAX_NODES = 10_000
+# Control characters but for tab and line ends, and halves of UTF-16 pairs: no name, path or sentence has them.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class Reader:
-    """Turns YAML text into plain data with the line of every key."""
+    """Turns YAML text into plain data with the line of every key.
+
+    Plain means: mappings with words as keys, lists, and YAML's scalars. Any other tag is refused, so nothing is ever constructed.
+    """
 
     def __init__(self, tree: Tree, label: str | None, where: str = "") -> None:
         self.tree = tree
         self.label = label
         self.where = where
-        self.nodes = 0
+        self.values = 0
 
     def read(self, text: str, at: Key = ()) -> Any:
         """The data of `text`, whose root stands at `at`; `ABSENT` where it can not be read."""
         try:
+            if len(text) > MAX_BYTES:
+                raise _TooMuch(f"more than {MAX_BYTES:,} characters")
             loader = _Loader(text)
             node = loader.get_single_node()
             return None if node is None else self._convert(loader, node, at)
@@ -96,25 +143,29 @@ class Reader:
             self._problem(line, at, f"not YAML: {error.problem or error.context}")
         except yaml.YAMLError as error:
             self._problem(1, at, f"not YAML: {' '.join(str(error).split())}")
+        except _TooMuch as error:
+            self._problem(1, at, f"too much for a recipe: {error}")
         except RecursionError:
-            self._problem(1, at, "nested too deeply")
+            self._problem(1, at, f"too much for a recipe: more than {MAX_DEPTH} levels")
         return ABSENT
 
     def _convert(self, loader: _Loader, node: yaml.Node, at: Key) -> Any:
-        self.nodes += 1
-        if self.nodes > MAX_NODES:
-            raise yaml.YAMLError(f"more than {MAX_NODES} values")
+        # Counted here and not where the text is parsed: an alias stands for all that it refers to.
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise _TooMuch(f"more than {MAX_VALUES:,} values")
+        if len(at) > MAX_DEPTH:
+            raise _TooMuch(f"more than {MAX_DEPTH} levels")
         line = node.start_mark.line + 1
         self.tree.marks.setdefault(at, self._place(line))
-        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+        if isinstance(node, yaml.MappingNode) and node.tag == f"{STANDARD}map":
             return self._mapping(loader, node, at)
-        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+        if isinstance(node, yaml.SequenceNode) and node.tag == f"{STANDARD}seq":
             return [self._convert(loader, child, (*at, i)) for i, child in enumerate(node.value)]
         try:
-            return loader.construct_object(node, deep=True)
-        except (yaml.YAMLError, ValueError, OverflowError) as error:
-            reason = getattr(error, "problem", None) or str(error)
-            self._problem(line, at, f"can not be read: {reason}")
+            return _scalar(loader, node)
+        except ValueError as error:
+            self._problem(line, at, f"can not be read: {error}")
             return None
 
     def _mapping(self, loader: _Loader, node: yaml.MappingNode, at: Key) -> dict[str, Any]:
@@ -140,62 +191,96 @@ class Reader:
         self.tree.problem(at, what, where=self._place(line))
 
 
+def _scalar(loader: _Loader, node: yaml.Node) -> Any:
+    """The value of a single word.
+
+    Raises:
+        ValueError: it is none, or its tag is not of plain YAML, or does not fit.
+    """
+    if not isinstance(node, yaml.ScalarNode) or node.tag not in SCALARS:
+        raise ValueError(f"a recipe has no values with the tag {node.tag!r}")
+    text = node.value
+    if node.tag in NUMBERS and len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of more than {MAX_DIGITS} digits")
+    if node.tag in WORDS:
+        if found := UNPRINTABLE.search(text):
+            raise ValueError(f"a character that can not be printed, {found[0]!r}")
+        return text
+    try:
+        value = loader.construct_object(node)
+    except (yaml.YAMLError, LookupError, ValueError, OverflowError) as error:
+        raise ValueError(f"{text!r} is no {node.tag.removeprefix(STANDARD)}") from error
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{text} does not fit into 64 bits")
+    return value
+
+
 def add_file(tree: Tree, source: Source, above: tuple[str, ...]) -> None:
-    """Merge `source`, after its bases, into `tree`."""
+    """Merge `source`, after its bases, into `tree`; where one of them can not be read, `tree` is not whole."""
     own = Tree()
     own.marks[()] = f"{source.label}:1"
     data = Reader(own, source.label).read(source.text)
+    tree.whole = tree.whole and isinstance(data, dict)
     if data is None or (data is not ABSENT and not isinstance(data, dict)):
         own.problem((), "a recipe is a mapping of keys to values" + ("" if data is None else f" (got {shown(data)})"))
     if isinstance(data, dict):
         base = data.pop("base", None)
         if base is not None:
             _add_base(tree, own, base, source, above)
-        _merge(tree, (), data, own.marks)
+        _merge(tree, data, own.marks)
     tree.marks[()] = own.marks[()]
     tree.problems += own.problems
 
 
 def _add_base(tree: Tree, own: Tree, base: Any, source: Source, above: tuple[str, ...]) -> None:
-    where = own.marks["base",]
-    if not isinstance(base, str):
-        own.problem(("base",), f"must be the name of one recipe (got {shown(base)})", where)
-        return
-    try:
-        parent = find_beside(base, beside=source.folder)
-    except InputError as error:
-        own.problem(("base",), str(error), where)
-        return
     chain = (*above, source.label)
-    if any(Path(parent.label).resolve() == Path(label).resolve() for label in chain):
-        own.problem(("base",), f"recipes that are based on each other: {' -> '.join((*chain, parent.label))}", where)
-        return
-    add_file(tree, parent, chain)
+    try:
+        if not isinstance(base, str):
+            raise InputError(f"must be the name of one recipe (got {shown(base)})")
+        parent = find_beside(base, beside=source.folder)
+        if any(Path(parent.label).resolve() == Path(label).resolve() for label in chain):
+            raise InputError(f"recipes that are based on each other: {' -> '.join((*chain, parent.label))}")
+        if len(chain) > MAX_BASES:
+            raise InputError(f"too much for a recipe: more than {MAX_BASES} bases, one of the other")
+    except InputError as error:
+        own.problem(("base",), str(error), own.marks["base",])
+        tree.whole = False
+    else:
+        add_file(tree, parent, chain)
 
 
-def _merge(tree: Tree, at: Key, data: dict[str, Any], marks: Mapping[Key, str]) -> None:
-    """Write `data` over the mapping at `at`: mappings merge, everything else replaces."""
-    target = tree.data
-    for part in at:
-        target = target[part]
+def _merge(tree: Tree, data: dict[str, Any], marks: Mapping[Key, str]) -> None:
+    """Write `data` over the tree: mappings merge, everything else replaces."""
+    replaced: set[Key] = set()
+    _overlay(tree.data, data, (), replaced)
+
+    def of_replaced(key: Key) -> bool:
+        return any(key[:length] in replaced for length in range(1, len(key) + 1))
+
+    kept = {key: mark for key, mark in tree.marks.items() if not of_replaced(key)}
+    tree.marks = kept | {key: mark for key, mark in marks.items() if of_replaced(key)}
+
+
+def _overlay(target: dict[str, Any], data: dict[str, Any], at: Key, replaced: set[Key]) -> None:
     for name, value in data.items():
-        key = (*at, name)
-        if isinstance(value, dict) and isinstance(target.get(name), dict):
-            _merge(tree, key, value, marks)
-            continue
-        for old in [k for k in tree.marks if k[: len(key)] == key]:
-            del tree.marks[old]
-        tree.marks.update({k: m for k, m in marks.items() if k[: len(key)] == key})
-        target[name] = value
+        below = target.get(name)
+        if isinstance(value, dict) and isinstance(below, dict):
+            _overlay(below, value, (*at, name), replaced)
+        else:
+            target[name] = value
+            replaced.add((*at, name))
 
 
 def add_override(tree: Tree, override: str) -> None:
     """Set one dotted key."""
     name, equals, text = override.partition("=")
     if not equals or not all(name.split(".")):
-        tree.problem((), f"must be dotted.key=value, such as train.epochs=1 (got {override!r})", where="--set")
+        tree.problem((), f"must be dotted.key=value, such as train.epochs=1 (got {shown(override)})", where="--set")
         return
     key = _parsed_key(tree, name)
+    if len(key) > MAX_DEPTH:
+        tree.problem((), f"too much for a recipe: more than {MAX_DEPTH} levels (got {shown(override)})", where="--set")
+        return
     own = Tree()
     value = Reader(own, None, "--set").read(text, key)
     tree.problems += own.problems
@@ -211,7 +296,8 @@ def _parsed_key(tree: Tree, name: str) -> Key:
     """The parts of a dotted key; a number is the place in a list where there is a list."""
     key: Key = ()
     for part in name.split("."):
-        key = (*key, int(part) if part.isdecimal() and isinstance(tree.get(key), list) else part)
+        in_list = isinstance(tree.get(key), list) and part.isdecimal() and len(part) <= MAX_DIGITS
+        key = (*key, int(part) if in_list else part)
     return key
 
 

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 Key = tuple[str | int, ...]
 
+# A line about a problem may quote what a stranger wrote.
+LINE = 1000
+SHOWN = 60
+
 
 @dataclass
 class Tree:
-    """What was read so far: plain data, where each key was written, and the problems met."""
+    """What was read so far: plain data, where each key was written, and the problems met.
+
+    Attributes:
+        data: mappings, lists and scalars.
+        marks: file:line of a key, or "--set".
+        problems: a line each.
+        whole: False once a file could not be read: what is missing then may be in it.
+    """
 
     data: Any = field(default_factory=dict)
     marks: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    whole: bool = True
 
     def mark(self, key: Key) -> str:
         """Where `key`, or the closest section around it, was written."""
@@ -30,9 +43,9 @@ class Tree:
         return None if value is ABSENT else value
 
     def problem(self, key: Key, what: str, where: str | None = None) -> None:
-        """Note that `what` is wrong at `key`."""
+        """Note that `what` is wrong at `key`, in one line of characters that can be printed."""
         named = f"{dotted(key)}: " if key else ""
-        self.problems.append(f"{where or self.mark(key)}: {named}{what}")
+        self.problems.append(printable(f"{where or self.mark(key)}: {named}{what}"))
 
 
 ABSENT = object()
@@ -49,10 +62,43 @@ def child_of(value: Any, part: str | int) -> Any:
 
 def dotted(key: Key) -> str:
     """A key as users write it: data.batch_size."""
-    return ".".join(map(str, key))
+    return ".".join(part if len(part) <= SHOWN else f"{part[: SHOWN - 3]}..." for part in map(str, key))
+
+
+def printable(text: str) -> str:
+    """`text` as one line, with escapes for what can not be printed, shortened to 1,000 characters."""
+    text = text if len(text) <= LINE else f"{text[: LINE - 3]}..."
+    if text.isprintable():
+        return text
+    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return text if len(text) <= LINE else f"{text[: LINE - 3]}..."
 
 
 def shown(value: Any) -> str:
-    """A value for a message, shortened to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    """A value for a message, shortened to 60 characters; no more of it is looked at than is shown."""
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > SHOWN:
+            return f"{text[: SHOWN - 3]}..."
+    return text
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    """The parts of repr(value), one after the other."""
+    if isinstance(value, dict):
+        yield "{"
+        for place, (key, child) in enumerate(value.items()):
+            yield ", " if place else ""
+            yield from _pieces(key)
+            yield ": "
+            yield from _pieces(child)
+        yield "}"
+    elif isinstance(value, list):
+        yield "["
+        for place, child in enumerate(value):
+            yield ", " if place else ""
+            yield from _pieces(child)
+        yield "]"
+    else:
+        yield repr(value[: SHOWN + 1] if isinstance(value, str) else value)
