@@ -165,8 +165,8 @@ def test_data_lie_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):
         ("schedule", "schedule:", "8: schedule: must be a mapping of keys to values"),
         (
             "train",
-            "train: {epochs: 1, precision: fp16}",
-            "9: train.precision: must be 'fp32' or 'bf16' (got 'fp16') - did you mean 'bf16', 'fp32'?",
+            "train: {epochs: 1, precision: float}",
+            "9: train.precision: must be 'fp32', 'tf32', 'bf16' or 'fp16' (got 'float')",
         ),
         ("train", "train: {epochs: 1, device: gpu}", "9: train.device: must be 'auto', 'cpu' or 'cuda' (got 'gpu')"),
         ("train", "seed: -1\ntrain: {epochs: 1}", "9: seed: must be greater than or equal to 0 (got -1)"),

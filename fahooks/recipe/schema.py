@@ -124,13 +124,23 @@ class SGD(Section):
         return nesterov
 
 
-class Constant(Section):
+class Schedule(Section):
+    """What all schedules share.
+
+    Arguments:
+        warmup: epochs, or a fraction of one, in which the learning rate rises linearly, at every step, to what the schedule says.
+    """
+
+    warmup: NonNegative = 0.0
+
+
+class Constant(Schedule):
     """The learning rate stays."""
 
     name: Literal["constant"] = "constant"
 
 
-class Step(Section):
+class Step(Schedule):
     """The learning rate is multiplied by `gamma` after every `every` epochs."""
 
     name: Literal["step"]
@@ -138,8 +148,8 @@ class Step(Section):
     gamma: Positive
 
 
-class Cosine(Section):
-    """The learning rate falls to zero along half a cosine."""
+class Cosine(Schedule):
+    """The learning rate falls to zero along half a cosine, at the end of every epoch."""
 
     name: Literal["cosine"]
 
@@ -149,17 +159,29 @@ class Train(Section):
 
     Arguments:
         epochs: passes over the training images.
-        precision: "fp32", or "bf16" for autocast to bfloat16.
+        precision: "fp32"; "tf32" for float32 products rounded to 10 bits of mantissa, on a GPU; "bf16" for autocast to bfloat16;
+            "fp16" for autocast to float16, with a loss that is scaled up and steps that are skipped where a gradient overflows.
         channels_last: that memory format for model and images.
         compile: run the model through torch.compile.
+        accumulate: passes, forward and backward, that a batch is divided into, as evenly as can be; its gradient is that of the
+            whole batch, save for what a model draws or measures a pass, as batch norm does.
+        clip_norm: the L2 norm that the gradient of all parameters together is scaled down to where it is larger, before hooks
+            act on it; None leaves it.
+        label_smoothing: share s of each target that is spread over all K classes in the training loss: (1 - s) one-hot + s / K.
+        ema: decay of an exponential moving average of the weights, which is then what is evaluated and saved as best; None for
+            none. After t steps the decay is min(ema, (1 + t) / (10 + t)).
         device: "auto" takes the first GPU where there is one.
         threads: CPU threads for torch; None leaves them alone.
     """
 
     epochs: Count
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     compile: bool = False
+    accumulate: Count = 1
+    clip_norm: Positive | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema: Fraction | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = None
 

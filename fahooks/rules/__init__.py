@@ -6,7 +6,7 @@ from fahooks.rules.direct import DenseFeedbackAlignment, DirectFeedbackAlignment
 from fahooks.rules.feedback_alignment import FeedbackAlignment
 from fahooks.rules.kolen_pollack import KolenPollack
 from fahooks.rules.noise import NoisyBackprop
-from fahooks.rules.passes import targets
+from fahooks.rules.passes import IGNORED, targets
 from fahooks.rules.sign_symmetry import (
     SignSymmetry,
     SignSymmetryFixedMagnitude,
@@ -17,6 +17,7 @@ from fahooks.rules.sign_symmetry import (
 from fahooks.rules.weight_mirror import WeightMirror
 
 __all__ = [
+    "IGNORED",
     "Backprop",
     "Call",
     "DenseFeedbackAlignment",

@@ -13,7 +13,7 @@ from fahooks.plugins import InputError
 from fahooks.rules.base import Call, check_choice, register_rule
 from fahooks.rules.direct_matrix import FEEDBACK, DirectMatrix, Units
 from fahooks.rules.drawing import check_draw, draw
-from fahooks.rules.passes import Pass, Targets, Visit, WholeModelRule, chosen, copy_without_edge, inject, mark, units
+from fahooks.rules.passes import IGNORED, Pass, Targets, Visit, WholeModelRule, chosen, copy_without_edge, inject, mark, units
 
 
 class RandomDirectRule(WholeModelRule):
@@ -187,7 +187,8 @@ class DirectRandomTargetProjection(FromOutput):
         if not labels.is_floating_point() and labels.numel() == samples and outputs > 1:
             labels = labels.flatten().long()
             # A compiler can not branch on values; the loss refuses such labels as well.
-            if not torch.compiler.is_compiling() and (labels.min() < 0 or labels.max() >= outputs):
+            unknown = (labels >= outputs) | (labels < 0) & (labels != IGNORED)
+            if not torch.compiler.is_compiling() and unknown.any():
                 raise InputError(f"drtp: class indices must be from 0 to {outputs - 1}, got {labels.min()} to {labels.max()}")
             labels = labels.unsqueeze(1) == torch.arange(outputs, device=labels.device)
         if labels.numel() != error.numel():

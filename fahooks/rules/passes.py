@@ -55,12 +55,16 @@ class Visit:
         return self.tensor
 
 
+IGNORED = -100
+"""The class index of an example that does not count, as of `torch.nn.functional.cross_entropy`."""
+
+
 @dataclass(frozen=True)
 class Targets:
     """What `fahooks.targets` was given."""
 
     labels: Tensor
-    scale: float
+    scale: float | Tensor
 
 
 @dataclass
@@ -196,13 +200,14 @@ def kept_passes(model: nn.Module) -> Iterator[list[Pass]]:
 
 
 @contextmanager
-def targets(model: nn.Module, labels: Tensor, *, scale: float = 1.0) -> Iterator[None]:
+def targets(model: nn.Module, labels: Tensor, *, scale: float | Tensor = 1.0) -> Iterator[None]:
     """Tell the rules of `model` that need them (drtp) the targets of the forward passes inside; others do not mind.
 
     Arguments:
         model: a converted model, or any other.
-        labels: class indices int64 [N], or values of the shape of the model's output.
-        scale: what the loss is multiplied by, as by a GradScaler or for gradient accumulation.
+        labels: class indices int64 [N], or values of the shape of the model's output. An example of index IGNORED, which torch's
+            cross-entropy leaves out, has no target: nothing is sent for it.
+        scale: what the mean loss is multiplied by, as by a GradScaler or for gradient accumulation; a number, or a tensor [].
 
     Raises:
         InputError: the labels are no tensor.

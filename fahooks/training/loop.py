@@ -10,19 +10,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from fahooks.data import Stream
+from fahooks.data import Batch, Stream
 from fahooks.plugins import InputError
 from fahooks.probes import Probe
-from fahooks.rules import targets
 from fahooks.training import checkpoint
 from fahooks.training.checkpoint import Checkpoints, Progress
 from fahooks.training.failures import recorded
 from fahooks.training.progress import Display
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import Setup
+from fahooks.training.step import known, loss_of, mistakes, take_step
 from fahooks.training.stopping import Stop, Stopped
 
 # How many steps apart the loss is looked at: each look makes the host wait for the device.
@@ -108,7 +108,7 @@ def train(setup: Setup, run: RunDirectory, *, resume: bool = False, console: Con
     the last weights, once with the best ones.
 
     Arguments:
-        setup: what `prepare` made; its model is trained in place and ends with the best weights.
+        setup: what `prepare` made; the model that it evaluates ends with the best weights.
         run: where files go.
         resume: go on after the last step that `run` has a checkpoint of; on a CPU the end is bit for bit that of an uninterrupted
             run.
@@ -161,7 +161,7 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
             raise Stopped(f"stopped after step {progress.step}, which is saved") from stopped
         final = evaluate(setup, setup.test, "test", stop)
         run.log("test", weights="final", epoch=progress.epoch, **final)
-        checkpoint.load_weights(run.best, setup.model)
+        checkpoint.load_weights(run.best, setup.evaluated)
         best = final if progress.best_epoch == progress.epoch else evaluate(setup, setup.test, "test", stop)
         run.log("test", weights="best", epoch=progress.best_epoch, **best)
         run.summarise()
@@ -177,7 +177,7 @@ def _epoch(sitting: Sitting, epoch: int) -> None:
     progress.finish_epoch()
     if row["validation_error"] < progress.best_error:
         progress.best_error, progress.best_epoch = row["validation_error"], epoch
-        checkpoint.save_weights(run.best, setup.model)
+        checkpoint.save_weights(run.best, setup.evaluated)
     row["seconds"] = time.perf_counter() - sitting.begun
     run.log("epoch", **row)
     run.summarise()
@@ -210,23 +210,14 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
     setup.train.set_epoch(epoch, start=progress.batch)
     for batch in setup.train:
         if every and progress.step % every == 0:
-            _measure(setup, sitting.probe, batch.images, batch.labels)
+            _measure(setup, sitting.probe, batch)
             _log_probe(sitting, epoch)
-
-        with setup.autocast, targets(setup.model, batch.labels):
-            logits = setup.forward(batch.images)
-            loss = F.cross_entropy(logits, batch.labels)
-        setup.optimizer.zero_grad()
-        loss.backward()
-        setup.optimizer.step()
-
+        losses, missed = take_step(setup, batch)
         progress.step += 1
         progress.batch += 1
-        progress.seen += len(batch.labels)
-        loss_sum += loss.detach() * len(batch.labels)
-        wrong += (logits.detach().argmax(1) != batch.labels).sum()
-        if progress.batch == len(setup.train):
-            setup.schedule.step()
+        progress.seen += batch.count
+        loss_sum += losses
+        wrong += missed
         last, stopping, due = progress.batch == len(setup.train), sitting.stop.requested, sitting.due
         if progress.step % LOOK_EVERY == 0 or last or stopping or due:
             progress.loss_sum, progress.wrong = loss_sum.item(), int(wrong)
@@ -262,25 +253,22 @@ def evaluate(setup: Setup, stream: Stream, name: str, stop: Stop | None = None) 
     Raises:
         Stopped: `stop` was asked for.
     """
-    setup.model.eval()
+    model = setup.evaluated.eval()
     loss = 0.0
-    wrong = 0
+    wrong = seen = 0
     for batch in stream:
         if stop is not None and stop.requested:
             raise Stopped
         with setup.autocast:
-            logits = setup.model(batch.images)
-        loss += F.cross_entropy(logits.float(), batch.labels, reduction="sum").item()
-        wrong += int((logits.argmax(1) != batch.labels).sum())
-    return {f"{name}_loss": loss / stream.images, f"{name}_error": 100 * wrong / stream.images}
+            logits = model(batch.images)
+        loss += F.cross_entropy(logits.float(), known(batch), reduction="sum").item()
+        wrong += int(mistakes(logits, known(batch)))
+        seen += batch.count
+    return {f"{name}_loss": loss / seen, f"{name}_error": 100 * wrong / seen}
 
 
-def _measure(setup: Setup, p: Probe, images: Tensor, labels: Tensor) -> None:
-    def loss() -> Tensor:
-        with setup.autocast, targets(setup.model, labels):
-            return F.cross_entropy(setup.model(images), labels)
-
-    p.measure(loss)
+def _measure(setup: Setup, p: Probe, batch: Batch) -> None:
+    p.measure(lambda: loss_of(setup, setup.model, batch.images, known(batch), count=batch.count)[0])
 
 
 def _log_probe(sitting: Sitting, epoch: int) -> None:

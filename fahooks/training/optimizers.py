@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -20,10 +21,29 @@ def make_optimizer(model: nn.Module, config: recipe.Adam | recipe.AdamW | recipe
     return kind(parameters, betas=config.betas, **common)
 
 
-def make_schedule(optimizer: Optimizer, config: recipe.Constant | recipe.Step | recipe.Cosine, epochs: int) -> LRScheduler:
-    """The schedule that `config` describes, moved on once an epoch."""
+def make_schedule(
+    optimizer: Optimizer, config: recipe.Constant | recipe.Step | recipe.Cosine, *, epochs: int, steps: int
+) -> LRScheduler:
+    """The schedule that `config` describes, moved on after every step.
+
+    Arguments:
+        optimizer: whose learning rates it sets.
+        config: what it is.
+        epochs: of the whole training.
+        steps: optimizer steps an epoch.
+    """
+
+    def factor(step: int) -> float:
+        warmup = config.warmup * steps
+        return min(1.0, (step + 1) / warmup if warmup else 1.0) * _factor(config, step // steps, epochs)
+
+    return LambdaLR(optimizer, factor)
+
+
+def _factor(config: recipe.Constant | recipe.Step | recipe.Cosine, epoch: int, epochs: int) -> float:
+    """What the learning rate is multiplied by after `epoch` of `epochs` epochs."""
     if isinstance(config, recipe.Step):
-        return torch.optim.lr_scheduler.StepLR(optimizer, step_size=config.every, gamma=config.gamma)
+        return config.gamma ** (epoch // config.every)
     if isinstance(config, recipe.Cosine):
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    return LambdaLR(optimizer, lambda epoch: 1.0)
+        return (1 + math.cos(math.pi * epoch / epochs)) / 2
+    return 1.0

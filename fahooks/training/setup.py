@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from fahooks.plugins import models as registered
 from fahooks.recipe import Recipe, left_out, with_defaults
 from fahooks.rules import targets
 from fahooks.surgery import Report, convert, feedback_rules
+from fahooks.training.average import Average
 from fahooks.training.checkpoint import Stateful
 from fahooks.training.optimizers import make_optimizer, make_schedule
 
@@ -45,9 +47,11 @@ class Setup:
         forward: the model, or its compiled version.
         report: what the conversion did.
         optimizer: for every parameter of the model that requires a gradient.
-        schedule: moved on once an epoch.
+        schedule: moved on at every step.
         hooks: what acts at every step of the optimizer; None where nothing does.
         autocast: the context that every forward pass runs in.
+        scaler: of the loss; enabled for float16 only.
+        average: of the weights over the steps; None where the recipe asks for none.
     """
 
     recipe: Recipe
@@ -63,12 +67,26 @@ class Setup:
     schedule: LRScheduler
     hooks: Attachment | None
     autocast: torch.autocast
+    scaler: torch.amp.GradScaler
+    average: Average | None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated, and saved as best: the average where there is one."""
+        return self.model if self.average is None else self.average.model
 
     @property
     def parts(self) -> dict[str, Stateful]:
         """What keeps the state that a run needs to go on, by name."""
-        parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
-        return parts if self.hooks is None else parts | {"hooks": self.hooks}
+        parts: dict[str, Stateful | None] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "hooks": self.hooks,
+            "scaler": self.scaler,
+            "average": self.average,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def prepare(recipe: Recipe) -> Setup:
@@ -80,6 +98,10 @@ def prepare(recipe: Recipe) -> Setup:
     choices = {"data.loader": "memory: auto always takes it, as every dataset is held in memory"}
     choices = choices if recipe.data.loader == "auto" else {}
     device = _device(recipe.train.device)
+    if recipe.train.accumulate > recipe.data.batch_size:
+        what = f"train.accumulate={recipe.train.accumulate} can not divide a batch of {recipe.data.batch_size} images"
+        raise InputError(f"{what}: lower it, or raise data.batch_size")
+    _set_precision(recipe.train.precision, device)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     dataset = load(recipe.data.dataset, root=recipe.data.root, download=recipe.data.download)
@@ -90,13 +112,18 @@ def prepare(recipe: Recipe) -> Setup:
     torch.manual_seed(recipe.seed)
     shape = seen_shape(recipe, dataset)
     model = models.build_for_images(recipe.model.name, shape, dataset.classes, **recipe.model.options)
+    # The average needs no rules: a copy from before the conversion is the plain model.
+    plain = None if recipe.train.ema is None else copy.deepcopy(model)
     report = convert(model, {f.match: {"rule": f.rule, **f.options} for f in recipe.feedback}, seed=recipe.seed)
-    model = model.to(device)
-    if recipe.train.channels_last:
-        model = cast(Any, model).to(memory_format=torch.channels_last)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
+    memory_format = torch.channels_last if recipe.train.channels_last else torch.preserve_format
+    model = cast(Any, model).to(device, memory_format=memory_format)
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.precision)
+    autocast = torch.autocast(device.type, precision, enabled=precision is not None)
     _try(model, recipe.model.name, next(iter(train)), dataset.classes, autocast)
     optimizer = make_optimizer(model, recipe.optim)
+    average = None
+    if plain is not None and recipe.train.ema is not None:
+        average = Average(cast(Any, plain).to(device, memory_format=memory_format), model, recipe.train.ema)
     return Setup(
         recipe=recipe,
         choices=choices,
@@ -108,9 +135,11 @@ def prepare(recipe: Recipe) -> Setup:
         forward=cast(Any, torch.compile(model)) if recipe.train.compile else model,
         report=report,
         optimizer=optimizer,
-        schedule=make_schedule(optimizer, recipe.schedule, recipe.train.epochs),
+        schedule=make_schedule(optimizer, recipe.schedule, epochs=recipe.train.epochs, steps=len(train)),
         hooks=_attach(recipe, model, optimizer, total_steps=recipe.train.epochs * len(train)),
         autocast=autocast,
+        scaler=torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
+        average=average,
     )
 
 
@@ -188,6 +217,18 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device=cuda, but torch finds no GPU here: use train.device=cpu, or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _set_precision(precision: str, device: torch.device) -> None:
+    """Let float32 products be rounded on a GPU, or not: by default torch rounds those of convolutions there.
+
+    Raises:
+        InputError: the device knows no such precision.
+    """
+    if precision == "tf32" and device.type == "cpu":
+        raise InputError("train.precision=tf32 is a precision of GPUs, and this runs on the CPU: use fp32, bf16 or fp16")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def _streams(recipe: Recipe, parts: Split, device: torch.device) -> tuple[Stream, Stream, Stream]:

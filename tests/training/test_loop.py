@@ -112,6 +112,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
         (3, [HOOKS]),
         (10, [HOOKS]),
         (9, ["feedback=[{rule: kp}]"]),
+        (8, ["train.ema=0.9", "schedule={name: cosine, warmup: 1.5}", "train.accumulate=3"]),
+        (7, ["train.precision=fp16"]),
         (9, ["feedback=[{rule: wm}]"]),
         (9, ["feedback=[{rule: brsf}]"]),
         (9, [DROPOUT, "probes.every=null", "data.limit=110", "data.batch_size=10"]),

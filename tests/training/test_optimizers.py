@@ -48,6 +48,18 @@ def test_frozen_parameters_are_left_out():
     assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [id(net.weight)]
 
 
+def rates(config: Constant | Step | Cosine, *, epochs: int, steps: int) -> list[float]:
+    """The learning rate of every step."""
+    optimizer = make_optimizer(model(), SGD(name="sgd", lr=1.0))
+    schedule = make_schedule(optimizer, config, epochs=epochs, steps=steps)
+    found = []
+    for _ in range(epochs * steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -57,22 +69,15 @@ def test_frozen_parameters_are_left_out():
     ],
 )
 def test_a_schedule_sets_the_learning_rate_of_each_epoch(config, expected: list[float]):
-    optimizer = make_optimizer(model(), SGD(name="sgd", lr=1.0))
-    schedule = make_schedule(optimizer, config, epochs=5)
-    rates = []
-    for _ in range(5):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx(expected)
+    assert rates(config, epochs=5, steps=2) == pytest.approx([rate for rate in expected for _ in range(2)])
+
+
+def test_warmup_rises_at_every_step_to_what_the_schedule_says():
+    assert rates(Constant(warmup=1.5), epochs=3, steps=4) == pytest.approx([(i + 1) / 6 for i in range(6)] + [1.0] * 6)
+    assert rates(Step(name="step", every=1, gamma=0.5, warmup=2), epochs=3, steps=2) == pytest.approx(
+        [1 / 4, 2 / 4, 0.5 * 3 / 4, 0.5, 0.25, 0.25]
+    )
 
 
 def test_the_papers_mnist_schedule_drops_after_epoch_20():
-    optimizer = make_optimizer(model(), Adam(name="adam", lr=1e-4))
-    schedule = make_schedule(optimizer, Step(name="step", every=20, gamma=0.1), epochs=25)
-    rates = []
-    for _ in range(25):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx([1e-4] * 20 + [1e-5] * 5)
+    assert rates(Step(name="step", every=20, gamma=0.1), epochs=25, steps=1) == pytest.approx([1.0] * 20 + [0.1] * 5)

@@ -104,6 +104,14 @@ def test_threads_are_set_only_if_given(tiny: Tiny):
     assert torch.get_num_threads() == 1
 
 
+def test_float32_is_rounded_where_that_is_asked_for_and_nowhere_else(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    prepare(tiny())
+    assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (False, "highest")
+    with pytest.raises(InputError, match="train.precision=tf32 is a precision of GPUs, and this runs on the CPU"):
+        prepare(tiny("train.precision=tf32"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_an_error(tiny: Tiny):
     with pytest.raises(InputError, match="torch finds no GPU here: use train.device=cpu"):

@@ -1,0 +1,84 @@
+"""One step of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fahooks.data import Batch
+from fahooks.rules import IGNORED, targets
+from fahooks.training.setup import Setup
+
+
+def take_step(setup: Setup, batch: Batch) -> tuple[Tensor, Tensor]:
+    """One step of the optimizer, on the gradient of the mean loss over a batch.
+
+    Arguments:
+        setup: what `prepare` made.
+        batch: what to learn from, in `train.accumulate` passes.
+
+    Returns:
+        The losses added up, float32 [], and the number of wrong answers, int64 [], with the weights from before the step.
+    """
+    config = setup.recipe.train
+    losses = torch.zeros((), device=setup.device)
+    wrong = torch.zeros((), dtype=torch.int64, device=setup.device)
+    # No share of a rank is smaller, and every rank must take as many passes as the others.
+    passes = max(1, min(config.accumulate, batch.count // setup.train.view.world))
+
+    setup.optimizer.zero_grad()
+    for images, labels in zip(batch.images.tensor_split(passes), known(batch).tensor_split(passes), strict=True):
+        loss, summed, logits = loss_of(setup, setup.forward, images, labels, count=batch.count)
+        loss.backward()
+        losses += summed.detach()
+        wrong += mistakes(logits, labels)
+
+    if config.clip_norm is not None:
+        setup.scaler.unscale_(setup.optimizer)
+        torch.nn.utils.clip_grad_norm_(setup.model.parameters(), config.clip_norm)
+    setup.scaler.step(setup.optimizer)
+    setup.scaler.update()
+    setup.schedule.step()
+    if setup.average is not None:
+        setup.average.update()
+    return losses, wrong
+
+
+def loss_of(
+    setup: Setup, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one forward pass gives.
+
+    Arguments:
+        setup: what `prepare` made.
+        model: setup.model, or setup.forward.
+        images: float32 [N, C, H, W].
+        labels: int64 [N], IGNORED where an example does not count.
+        count: how many examples the step learns from, in all passes, on all ranks.
+
+    Returns:
+        What to take the gradient of: the part of these examples in the mean loss, times the scaler's factor. The losses added up.
+        The logits [N, classes].
+    """
+    # Ranks' gradients are averaged: each rank's loss counts as often as there are ranks.
+    share = setup.train.view.world / max(1, count)
+    scaled = setup.scaler.is_enabled()
+    # The factor stays on the device. drtp sends no gradient, and has to be told what the loss is multiplied by.
+    factor = setup.scaler.scale(torch.ones((), device=setup.device)) if scaled else 1.0
+    with setup.autocast, targets(setup.model, labels, scale=factor * (share * len(labels))):
+        logits = model(images)
+        summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=setup.recipe.train.label_smoothing)
+    return summed * share * factor, summed, logits
+
+
+def known(batch: Batch) -> Tensor:
+    """The labels of a batch, int64 [N], IGNORED where an example does not count."""
+    return batch.labels.masked_fill(~batch.valid, IGNORED)
+
+
+def mistakes(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many answers are wrong, int64 [], of the examples that count."""
+    return ((logits.detach().argmax(1) != labels) & (labels != IGNORED)).sum()
