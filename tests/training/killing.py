@@ -1,0 +1,174 @@
+"""Kill a run again and again, and let it go on each time: `python killing.py FOLDER --kills N --seed S`.
+
+One process imports everything once and forks: a run that nobody disturbs, and one that is killed with SIGKILL. Half of the kills
+come from outside, at random times; the other half strike inside a write: before a random one of the calls that bring a file to
+the disk, give it its name, or delete it. What came out is printed as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fahooks.recipe import load
+from fahooks.training import commands
+from fahooks.training.run_directory import RunDirectory
+from fahooks.training.setup import prepare
+
+RECIPE = """\
+name: killed
+model: {name: paper/mnist}
+feedback: [{match: "conv*", rule: brsf}, {match: dense, rule: kp}, {match: "*", rule: fa}]
+hooks: [{name: freeze_signs, after: 0.4}]
+data: {dataset: digits, batch_size: 50, validation: 200, limit: 1000, augment: [{crop: {padding: 1}}]}
+optim: {name: adam, lr: 5e-4, weight_decay: 1e-3}
+schedule: {name: cosine}
+train: {epochs: 6, device: cpu, threads: 1}
+probes: {every: 5}
+checkpoint: {every: 3, keep: 2}
+"""
+
+CALLS = ("fsync", "replace", "unlink")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("--kills", type=int, default=20)
+    arguments.add_argument("--seed", type=int, default=0)
+    given = arguments.parse_args()
+    os.chdir(given.folder)
+    Path("killed.yaml").write_text(RECIPE)
+    prepare(load("killed.yaml"))  # imports what the processes would each import again
+    begun = time.perf_counter()
+    assert ended(start(Path("whole"))) == 0
+    seconds = time.perf_counter() - begun
+    kills = killed_again_and_again(given.kills, random.Random(given.seed), seconds)
+    whole, runs = RunDirectory(Path("whole")), [RunDirectory(path) for path in sorted(Path().glob("cut-*"))]
+    same = {
+        what: all(told(run) == told(whole) for run in runs)
+        for what, told in (
+            ("weights", weights), ("best weights", best), ("metrics.jsonl", rows), ("summary.csv", summary),
+            ("TensorBoard", curves), ("files", names),
+        )
+    }  # fmt: skip
+    print(json.dumps({
+        "kills": len(kills), "inside a write": sum(kill.inside for kill in kills),
+        "steps saved at each": [kill.step for kill in kills], "runs": len(runs), "the same as undisturbed": same,
+    }))  # fmt: skip
+
+
+@dataclass
+class Kill:
+    step: int
+    inside: bool
+
+
+def killed_again_and_again(kills: int, draw: random.Random, seconds: float) -> list[Kill]:
+    """Kill a run so many times, then let it end. Where it ended before, after `seconds` undisturbed, another one is begun."""
+    struck: list[Kill] = []
+    runs = 1
+    while len(struck) < kills:
+        run = RunDirectory(Path(f"cut-{runs}"))
+        begun = time.time()
+        from_within = len(struck) % 2 == 1
+        process = start(run.path, dies_at=draw.randrange(60) if from_within else None)
+        if not from_within:
+            time.sleep(draw.uniform(0.0, seconds / 4))
+            os.kill(process, signal.SIGKILL)
+        code = ended(process)
+        if code == -signal.SIGKILL:
+            step = max((int(path.stem.removeprefix("step-")) for path in run.checkpoints.glob("step-*.pt")), default=0)
+            struck.append(Kill(step, from_within or any(run.path.rglob("*.partial"))))
+        else:
+            assert code == 0
+        runs += run.finished
+        # TensorBoard orders the files of a run by the second in which they were begun.
+        time.sleep(max(0.0, int(begun) + 1 - time.time()))
+    assert ended(start(Path(f"cut-{runs}"))) == 0
+    return struck
+
+
+def start(folder: Path, dies_at: int | None = None) -> int:
+    """Fork a process that begins or continues the run in `folder`; it kills itself before the call of that number."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        sys.stdout = open(os.devnull, "w")
+        if dies_at is not None:
+            die_inside_a_write(dies_at)
+        commands.resume_newest("killed.yaml", out=folder)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def die_inside_a_write(number: int) -> None:
+    left = [number]
+
+    def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return real(*arguments, **options)
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+def ended(process: int) -> int:
+    """Wait for a process; its exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def weights(run: RunDirectory) -> dict[str, bytes]:
+    newest = max(run.checkpoints.iterdir())
+    model = torch.load(newest, weights_only=True)["parts"]["model"]
+    return {name: value.numpy().tobytes() for name, value in model.items()}
+
+
+def best(run: RunDirectory) -> bytes:
+    return run.best.read_bytes()
+
+
+def rows(run: RunDirectory) -> list[dict[str, Any]]:
+    """metrics.jsonl, without times."""
+    lines = map(json.loads, run.metrics.read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in ("seconds", "images_per_second")} for row in lines]
+
+
+def summary(run: RunDirectory) -> list[list[str]]:
+    """summary.csv, without its last two columns, which are times."""
+    return [line.split(",")[:-2] for line in (run.path / "summary.csv").read_text().splitlines()]
+
+
+def curves(run: RunDirectory) -> dict[str, list[tuple[int, float | str]]]:
+    """What TensorBoard draws, without times."""
+    events = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in ("seconds", "images_per_second")]
+    return {tag: [(event.step, repr(event.value)) for event in events.Scalars(tag)] for tag in tags}
+
+
+def names(run: RunDirectory) -> set[str]:
+    return {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.parent != run.tensorboard}
+
+
+if __name__ == "__main__":
+    main()
