@@ -201,6 +201,7 @@ def test_the_report_can_be_written_as_json() -> None:
         "rule": "fa",
         "memory_bytes": 324,
         "reason": None,
+        "grows": False,
     }
     assert [layer["reason"] for layer in read["layers"][1:]] == ["rule bp: left as it is"] * 5
 

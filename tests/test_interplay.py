@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -153,6 +154,44 @@ def test_functional_call_uses_the_given_weights_and_their_rules(learn: Learn, ru
     gradients = dict(zip(weights, torch.autograd.grad(output, list(weights.values()), cotangent), strict=True))
     del expected.gradients["input 0"]
     torch.testing.assert_close(gradients, expected.gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", fahooks.list_rules())
+def test_a_training_by_any_rule_goes_on_from_its_state_with_the_same_bits(rule: str) -> None:
+    labels = torch.tensor([0, 1, 2, 1])
+
+    def made(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        model = network()
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            nn.init.uniform_(parameter, -0.2, 0.2)
+        fahooks.convert(model, rule)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.01)
+        hooks = [fahooks.FreezeSigns(after=2), "alignment", fahooks.ConstantNorm(time_constant=3.0)]
+        return model, optimizer, fahooks.attach(model, optimizer, *hooks)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            with fahooks.targets(model, labels):
+                output = model(images())
+            nn.functional.cross_entropy(output, labels).backward()
+            optimizer.step()
+
+    model, optimizer, _ = first = made(seed=0)
+    train(model, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in first], file)
+    file.seek(0)
+    train(model, optimizer, range(3, 6))
+    other, again, _ = resumed = made(seed=1)
+    for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    before = copy.deepcopy(other.state_dict())
+    train(other, again, range(3, 6))
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(other.state_dict()["7.weight"], before["7.weight"]), "control: it went on"
 
 
 def test_inference_mode_keeps_the_outputs() -> None:

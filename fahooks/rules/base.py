@@ -55,6 +55,9 @@ class Rule(nn.Module):
     learns: bool = False
     """Whether it takes part in optimizer steps, which `fahooks.attach` tells it of."""
 
+    grows: bool = False
+    """Whether its state takes more memory later, once it has seen sizes that the weight does not tell."""
+
     def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
         """Draw the rule's state, once, at conversion.
 

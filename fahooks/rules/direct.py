@@ -31,6 +31,7 @@ class RandomDirectRule(WholeModelRule):
         check_choice("feedback", feedback, FEEDBACK)
         check_draw(init, distribution, gain)
         self.options: dict[str, Any] = {"feedback": feedback, "init": init, "distribution": distribution, "gain": gain}
+        self.grows = feedback != "seeded"
 
     def extra_repr(self) -> str:
         """The options."""
@@ -55,8 +56,7 @@ class FromOutput(RandomDirectRule):
             if self.at
             else "a residual path around a layer carries the errors sent to later layers down to its input, beside its own"
         )
-        kept = "" if self.options["feedback"] == "seeded" else "; B is drawn, and takes memory, in the first backward pass"
-        return path + kept
+        return f"{path}; B is drawn, and takes memory, in the first backward pass" if self.grows else path
 
     def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
         """Note what B is drawn from, once sizes are known."""
@@ -235,7 +235,7 @@ class DenseFeedbackAlignment(RandomDirectRule):
     @property
     def note(self) -> str:
         """When the R_k take memory."""
-        return "" if self.options["feedback"] == "seeded" else "the R_k are drawn, and take memory, in the first backward pass"
+        return "the R_k are drawn, and take memory, in the first backward pass" if self.grows else ""
 
     def initialise(self, weight: Tensor, *, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
         """Draw B, and note what the R_k are drawn from."""

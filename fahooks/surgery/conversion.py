@@ -210,7 +210,8 @@ def _layer_report(site: Site, rule: Rule | None, reason: str | None) -> LayerRep
     weight = site.weight() if site.attribute else None
     shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
     memory = sum(b.numel() * b.element_size() for b in rule.buffers()) if rule is not None else 0
-    return LayerReport(site.name, site.plain_type.__name__, shape, rule.label if rule is not None else "", memory, reason)
+    label, grows = (rule.label, rule.grows) if rule is not None else ("", False)
+    return LayerReport(site.name, site.plain_type.__name__, shape, label, memory, reason, grows)
 
 
 def _nothing_converted(plan: Plan) -> str:

@@ -29,6 +29,7 @@ class LayerReport:
         rule: the rule as printed, empty where not converted.
         memory_bytes: what the rule's state adds.
         reason: why it was not converted; None if it was.
+        grows: whether the rule's state takes more memory later; printed as a plus.
     """
 
     name: str
@@ -37,6 +38,12 @@ class LayerReport:
     rule: str
     memory_bytes: int
     reason: str | None = None
+    grows: bool = False
+
+    @property
+    def memory(self) -> str:
+        """The bytes as printed."""
+        return f"{self.memory_bytes}{'+' if self.grows else ''}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ class Report:
     def total(self) -> str:
         """The last line of the table."""
         layers = "layer" if len(self.converted) == 1 else "layers"
-        return f"{len(self.converted)} {layers} converted, {len(self.skipped)} skipped, {self.memory_bytes:,} bytes added"
+        memory = f"{self.memory_bytes:,}{'+' if any(layer.grows for layer in self.layers) else ''}"
+        return f"{len(self.converted)} {layers} converted, {len(self.skipped)} skipped, {memory} bytes added"
 
     def as_dict(self) -> dict[str, Any]:
         """The report in types that json can write."""
@@ -89,7 +97,7 @@ class Report:
                 layer.type,
                 "x".join(map(str, layer.weight_shape)),
                 layer.rule,
-                str(layer.memory_bytes),
+                layer.memory,
                 f"skipped: {layer.reason}" if layer.reason else "converted",
             )
             for layer in self.layers

@@ -182,6 +182,7 @@ def test_json_is_one_document_with_nothing_else_on_stdout(file: Path):
         "rule": "usf_init",
         "memory_bytes": 288,
         "reason": None,
+        "grows": False,
         "converted": True,
     }
     assert found["totals"] == {"layers": 2, "converted": 2, "skipped": 0, "memory_bytes": 432}

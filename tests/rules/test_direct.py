@@ -1264,6 +1264,21 @@ def test_wrong_options_are_refused(rule: str, options: dict[str, Any], message: 
     assert not feedback_layers(net)
 
 
+@pytest.mark.parametrize("rule", ["dfa", "drtp", "dense_fa"])
+@pytest.mark.parametrize("feedback", ["dense", "channel", "seeded"])
+def test_the_report_says_where_memory_comes_later(rule: str, feedback: str) -> None:
+    net = Net()
+    report = fahooks.convert(net, rule, feedback=feedback)
+    now = report.memory_bytes
+    with fahooks.targets(net, labels()):
+        gradients(net, images())
+    later = fahooks.convert(net, rule, feedback=feedback)
+    grown = later.memory_bytes > now
+    assert grown is (feedback != "seeded")
+    assert f"{now:,}{'+' if grown else ''} bytes added" in report.total
+    assert ("takes memory, in the first backward" in str(report) or "take memory, in the first" in str(report)) is grown
+
+
 def test_prints_its_options() -> None:
     expected = "DirectFeedbackAlignment(feedback='seeded', init='fan_out', distribution='normal', gain=2)"
     assert repr(DirectFeedbackAlignment(feedback="seeded", gain=2)).startswith(expected[:-1])

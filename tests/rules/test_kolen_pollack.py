@@ -128,6 +128,31 @@ def test_momentum_that_the_weight_has_gathered_moves_b_as_well(late: int):
         torch.testing.assert_close(w - b, (1 - 0.1 * 0.02) * old, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_with_a_scaler_b_moves_as_without_one_and_a_skipped_step_leaves_it(fused: bool):
+    def trained(scaler: torch.amp.GradScaler | None) -> nn.Sequential:
+        model = net()
+        fahooks.convert(model, "kp")
+        optimizer = Adam(model.parameters(), lr=0.01, weight_decay=0.05, fused=fused)
+        fahooks.attach(model, optimizer)
+        if scaler is None:
+            train(model, optimizer, 3)
+            return model
+        x, y = data()
+        for batch in (x, x, torch.full_like(x, torch.inf), x):
+            optimizer.zero_grad()
+            before = copy.deepcopy(model.state_dict())
+            scaler.scale(((model(batch) - y) ** 2).mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            moved = [not torch.equal(value, before[name]) for name, value in model.state_dict().items()]
+            assert set(moved) == {bool(batch.isfinite().all())}
+        return model
+
+    plain, scaled = trained(None), trained(torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    torch.testing.assert_close(scaled.state_dict(), plain.state_dict(), rtol=1e-12, atol=1e-12)
+
+
 def test_a_resumed_training_ends_with_the_same_bits():
     def made() -> tuple[nn.Sequential, Optimizer, Any]:
         model = net()
