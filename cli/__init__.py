@@ -14,9 +14,12 @@ from fahooks.plugins import Failed, InputError, PluginWarning, near
 COMMANDS = {
     "bench": ("fahooks.cli.bench", "Measure what a rule costs."),
     "convert": ("fahooks.cli.convert", "Convert MODEL, with random weights, to feedback alignment and verify it."),
+    "cp": ("fahooks.cli.cp", "Copy a shipped recipe to a new file, to edit it."),
+    "doctor": ("fahooks.cli.doctor", "Say what this machine has for training, what is missing, and what installs it."),
     "ls": ("fahooks.cli.ls", "List what has a name, with its options and their defaults."),
     "quickstart": ("fahooks.cli.train", "Train bp, fa and usf_sn on real digits, on a CPU in about a minute, and compare them."),
     "reproduce": ("fahooks.cli.reproduce", "Train what is missing of the paper's Table 1, and set ours beside the paper's."),
+    "show": ("fahooks.cli.show", "Print a recipe with every default, and where each value comes from."),
     "train": ("fahooks.cli.train", "Train RECIPE: the name of a shipped recipe (`fahooks ls recipes`) or a file."),
     "validate": ("fahooks.cli.validate", "Check recipes, all shipped ones where none is named, and say what is wrong in each."),
 }

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "data": {"plugins"},
     "recipe": {"plugins", "models", "data"},
     "report": {"plugins"},
+    "diagnosis": {"plugins", "data"},
     "rules": {"functional", "plugins"},
     "surgery": {"rules", "functional", "plugins"},
 }

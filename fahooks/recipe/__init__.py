@@ -7,10 +7,13 @@ from fahooks.recipe.checking import left_out as left_out
 from fahooks.recipe.checking import with_defaults as with_defaults
 from fahooks.recipe.loading import RecipeError as RecipeError
 from fahooks.recipe.loading import Shipped as Shipped
+from fahooks.recipe.loading import copy as copy
 from fahooks.recipe.loading import find as find
 from fahooks.recipe.loading import list_recipes as list_recipes
 from fahooks.recipe.loading import load as load
 from fahooks.recipe.loading import shipped_names as shipped_names
+from fahooks.recipe.origins import Line as Line
+from fahooks.recipe.origins import explain as explain
 from fahooks.recipe.reading import Source as Source
 from fahooks.recipe.schema import SGD as SGD
 from fahooks.recipe.schema import Adam as Adam

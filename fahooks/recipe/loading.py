@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 from pydantic import ValidationError
 
-from fahooks.plugins import InputError
+from fahooks.plugins import InputError, near
 from fahooks.recipe.checking import add_schema_problems, check_names
 from fahooks.recipe.reading import Source, add_file, add_override, all_names, find_beside
 from fahooks.recipe.schema import Paper, Recipe
-from fahooks.recipe.tree import Tree
+from fahooks.recipe.tree import Tree, shown
 
 MAX_PROBLEMS = 100
 
@@ -59,8 +60,17 @@ def load(source: Source | str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: every problem in it, one a line.
         InputError: the recipe does not exist.
     """
+    return load_marked(find(source) if isinstance(source, str) else source, overrides)[0]
+
+
+def load_marked(source: Source, overrides: Sequence[str] = ()) -> tuple[Recipe, Tree]:
+    """As `load`; with what was written of it, and where.
+
+    Raises:
+        RecipeError: every problem in it, one a line.
+    """
     tree = Tree()
-    add_file(tree, find(source) if isinstance(source, str) else source, ())
+    add_file(tree, source, ())
     if not tree.whole:
         raise RecipeError(tree.problems)
     for override in overrides:
@@ -73,7 +83,27 @@ def load(source: Source | str, overrides: Sequence[str] = ()) -> Recipe:
     check_names(tree)
     if tree.problems or recipe is None:
         raise RecipeError(list(dict.fromkeys(tree.problems)))
-    return recipe
+    return recipe, tree
+
+
+def copy(name: str, to: Path) -> None:
+    """Write the shipped recipe `name` to a new file, to be edited.
+
+    Raises:
+        InputError: no recipe of that name ships, or the file is there already or can not be made.
+    """
+    shipped = name.removesuffix(".yaml")
+    if shipped not in shipped_names():
+        raise InputError(
+            f"no shipped recipe is named {shown(name)}{near(shipped, shipped_names())}; `fahooks ls recipes` lists all"
+        )
+    try:
+        with to.open("x", encoding="utf-8") as file:
+            file.write(resources.files("fahooks.recipes").joinpath(*f"{shipped}.yaml".split("/")).read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise InputError(f"{str(to)!r} is there already: name a new file") from error
+    except OSError as error:
+        raise InputError(f"{str(to)!r} can not be written: {error.strerror}") from error
 
 
 def list_recipes() -> list[Shipped]:

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -23,6 +23,9 @@ MAX_VALUES = 5_000
 MAX_DEPTH = 20
 MAX_DIGITS = 100
 MAX_BASES = 10
+
+# How messages name the files of the package, wherever it is installed.
+SHIPPED = "fahooks/recipes"
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,15 @@ def find_beside(name: str, beside: Path | None) -> Source:
     path = Path(os.path.expanduser(name))
     path = path if beside is None else beside / path
     shipped = name.removesuffix(".yaml")
-    if os.path.isfile(path):
-        return read_file(path)
     package = resources.files("fahooks.recipes")
+    if os.path.isfile(path):
+        source = read_file(path)
+        inside = path.is_relative_to(str(package))
+        return replace(source, label=f"{SHIPPED}/{path.relative_to(str(package))}") if inside else source
     known = list(all_names(package, ""))
     if shipped in known:
         file = package.joinpath(*f"{shipped}.yaml".split("/"))
-        return Source(str(file), file.read_text(encoding="utf-8"), Path(str(package)))
+        return Source(f"{SHIPPED}/{shipped}.yaml", file.read_text(encoding="utf-8"), Path(str(package)))
     hint = near(shipped, [k for k in known if not k.startswith("_")])
     file = "no such file" if not os.path.exists(path) else "a folder of that name, but no file"
     file = file if os.path.isdir(path) or not os.path.exists(path) else "something of that name that is no regular file"

@@ -1,0 +1,28 @@
+"""`fahooks show`: a recipe as it would run, and where each value comes from."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from .train import SETTINGS
+
+
+@click.command(epilog="Example: fahooks show mnist/fa-usf-sn --set train.epochs=1")
+@click.argument("recipe")
+@SETTINGS
+def show(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Print RECIPE with its bases, every default and where each value comes from; nothing is run.
+
+    What is printed is YAML, with the origin of each value as a comment: its file and line, a base, --set, or the default. Only
+    what a model takes from its images, such as the number of classes, is left to the run.
+    """
+    from fahooks.recipe import explain, find
+
+    lines = explain(find(recipe), overrides)
+    column = max(len(line.text) for line in lines if len(line.text) < 60) + 2
+    console = Console(soft_wrap=True)
+    for line in lines:
+        origin = f"{'':{max(1, column - len(line.text))}}# {line.origin}" if line.origin else ""
+        console.print(Text(line.text).append(origin, style="dim"))
