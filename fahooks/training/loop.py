@@ -18,6 +18,7 @@ from fahooks.plugins import InputError
 from fahooks.probes import Probe
 from fahooks.training import checkpoint
 from fahooks.training.checkpoint import Checkpoints, Progress
+from fahooks.training.divergence import origin
 from fahooks.training.failures import recorded
 from fahooks.training.progress import Display
 from fahooks.training.run_directory import RunDirectory
@@ -94,7 +95,7 @@ class Sitting:
             Diverged: a weight is not finite; the checkpoints are as before.
         """
         if not _finite(self.setup.model):
-            raise Diverged(f"a weight was infinite or not a number after step {self.progress.step}: lower optim.lr")
+            raise Diverged(f"a weight was infinite or not a number after step {self.progress.step}")
         self.board.flush()  # or a kill would take events of steps that are not taken again
         self.progress.seconds = time.perf_counter() - self.begun
         self.checkpoints.save(self.setup.parts, self.progress, self.run.best)
@@ -159,6 +160,8 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
         except Stopped as stopped:
             sitting.save()
             raise Stopped(f"stopped after step {progress.step}, which is saved") from stopped
+        except Diverged as error:
+            raise _explained(sitting, error) from error
         final = evaluate(setup, setup.test, "test", stop)
         run.log("test", weights="final", epoch=progress.epoch, **final)
         checkpoint.load_weights(run.best, setup.evaluated)
@@ -167,6 +170,17 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
         run.summarise()
         _to_board(board, best, progress.step)
     return Result(best["test_error"], progress.best_epoch, progress.best_error, final["test_error"], progress.seconds)
+
+
+def _explained(sitting: Sitting, error: Diverged) -> Diverged:
+    """The error, with the step, the layer and the pass that it came from."""
+    last = sitting.progress.step
+    sitting.display.line(f"{error}: the steps since the last checkpoint are taken again, to find where that came from")
+    steps = range(last - LOOK_EVERY, last + 1)
+    found = origin(sitting.setup, sitting.checkpoints, sitting.run.best, steps, sitting.stop)
+    where = "taken again, the same steps stay finite" if found is None else f"first at step {found[0]}, {found[1]}"
+    todo = f"lower optim.lr (it was {sitting.progress.lr:g}), or set train.clip_norm"
+    return Diverged(f"{error}: {where}; {todo}; the last checkpoint is {sitting.checkpoints.paths()[0]}")
 
 
 def _epoch(sitting: Sitting, epoch: int) -> None:
@@ -223,8 +237,7 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
             progress.loss_sum, progress.wrong = loss_sum.item(), int(wrong)
             progress.epoch_seconds = time.perf_counter() - begun
             if not math.isfinite(progress.loss_sum):
-                where = f"by step {progress.step}, in epoch {epoch}"
-                raise Diverged(f"the loss was {progress.loss_sum} {where}: lower optim.lr (it was {progress.lr:g})")
+                raise Diverged(f"the loss was {progress.loss_sum} by step {progress.step}, in epoch {epoch}")
             sitting.display.step(progress.step, epoch=f"{epoch}/{setup.recipe.train.epochs}", **_shown(progress))
         if stopping:
             raise Stopped
