@@ -6,8 +6,9 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -117,7 +118,7 @@ class Checkpoints:
         }
         if rank() == 0:
             self.folder.mkdir(exist_ok=True)
-            write(path, lambda file: torch.save(state, file))
+            write(path, partial(_dump, state))
             for old in self.paths()[self.keep :]:
                 old.unlink()
         return path
@@ -235,6 +236,16 @@ def load_weights(path: Path, model: nn.Module) -> None:
 def rank() -> int:
     """The number of this process among those that train together; 0 where it is alone."""
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def _dump(state: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        # On a full disk torch's writer ends with words about positions, in place of the error that it met.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _generators() -> list[dict[str, Tensor | None]]:

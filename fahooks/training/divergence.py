@@ -63,8 +63,7 @@ def first_not_finite(model: nn.Module, loss: Callable[[], Tensor], *, backward: 
     """Which layer of `model` first made a number that is not finite, and in which pass; None where all are finite.
 
     The layers are the modules that hold no others, or parameters of their own. Parameters' `.grad`, buffers and random number
-    generators are left as they
-    were.
+    generators are left as they were.
 
     Arguments:
         model: the model.
