@@ -127,11 +127,11 @@ def _arguments(settings: dict[str, Any]) -> dict[str, Any]:
     elif options:
         raise InputError("--option needs one --rule for all layers: it does not say which of the rules by PATTERN it is for")
     else:
-        chosen = {_selector(pattern): name for pattern, name in rule.items()}
+        chosen = rule
     return {
         "rule": chosen,
-        "include": [_selector(pattern) for pattern in settings["include"]] or None,
-        "exclude": [_selector(pattern) for pattern in settings["exclude"]] or None,
+        "include": settings["include"] or None,
+        "exclude": settings["exclude"] or None,
         "seed": settings["seed"],
     }
 
@@ -188,15 +188,6 @@ def _rules(texts: Sequence[str]) -> str | dict[str, str]:
     if list(rules) == [""]:
         return rules[""]
     return {pattern or "*": name for pattern, name in rules.items()}
-
-
-def _selector(pattern: str) -> str | re.Pattern[str]:
-    if not pattern.startswith("re:"):
-        return pattern
-    try:
-        return re.compile(pattern.removeprefix("re:"))
-    except re.error as error:
-        raise InputError(f"{pattern!r} is no regular expression: {error}") from error
 
 
 def _key_values(option: str, texts: Sequence[str]) -> dict[str, Any]:

@@ -12,13 +12,32 @@ that use such a weight, or a part of it. "weight.mT" is the weight of a linear m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import nn
 
 from fahooks import plugins
+from fahooks.plugins import InputError
 
-register_adapter = plugins.adapters.register
+Adapter = TypeVar("Adapter", bound=Callable[[nn.Module], Sequence[str]])
+
+
+def register_adapter(name: str, *, summary: str = "", paper: str = "") -> Callable[[Adapter], Adapter]:
+    """Decorate a function from a module to the names of the weights that its forward uses.
+
+    Arguments:
+        name: the dotted name of the module's class, such as "my_package.attention.Attention".
+        summary: one line; by default the first line of the docstring.
+        paper: the publication, with a link.
+
+    Raises:
+        InputError: the name has no dot, or what is decorated is no function.
+        NameClash: there is another adapter for the class.
+    """
+    if not isinstance(name, str) or "." not in name:
+        raise InputError(f"an adapter is registered by the dotted name of a class, my_package.attention.Attention, got {name!r}")
+    return plugins.adapters.register(name, summary=summary, paper=paper)
 
 
 @register_adapter("torch.nn.modules.activation.MultiheadAttention")

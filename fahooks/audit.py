@@ -13,6 +13,7 @@ the audit tries it: it changes samples of the example, and looks at what changes
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from torch.utils import _pytree as pytree
 from fahooks import functional
 from fahooks.observation import as_found, edges, inputs_first, tensors, with_gradient
 from fahooks.plugins import InputError
+from fahooks.rules.base import check_model
 from fahooks.rules.passes import Injection, is_marked, kept_passes, passes_of
 from fahooks.surgery import feedback_rules, lineage
 from fahooks.surgery.layer import rule_of
@@ -135,8 +137,11 @@ def audit(model: nn.Module, *example_inputs: Any, ignore: str | Iterable[str] = 
         The findings; `.clean` where there are none.
 
     Raises:
-        InputError: no output of the model carries a gradient, as under torch.no_grad.
+        InputError: there is no example, or no output of the model carries a gradient, as under torch.no_grad.
     """
+    check_model(model)
+    if not example_inputs and not example_options:
+        _check_needs_nothing(model)
     with as_found(model), torch.enable_grad(), torch.autograd.set_detect_anomaly(True, check_nan=False):
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
@@ -150,6 +155,13 @@ def audit(model: nn.Module, *example_inputs: Any, ignore: str | Iterable[str] = 
     ignored = [ignore] if isinstance(ignore, str) else list(ignore)
     mixed = _mixed(model, (example_inputs, example_options)) if passes_of(model) else ()
     return _findings(_Graph(outputs, model), model, ignored, mixed)
+
+
+def _check_needs_nothing(model: nn.Module) -> None:
+    try:
+        inspect.signature(model.forward).bind()
+    except TypeError as error:
+        raise InputError(f"audit needs what the model is called with, fahooks.audit(model, images): {error}") from error
 
 
 def _mixed(model: nn.Module, example: Any) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fahooks.observation import as_found
 from fahooks.plugins import InputError
+from fahooks.rules.base import check_model
 from fahooks.surgery import CONVERTIBLE, backprop, feedback_layers
 
 
@@ -30,6 +31,7 @@ class Probe:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_model(model)
         layers = dict(model.named_modules())
         converted = feedback_layers(model)
         self.model = model

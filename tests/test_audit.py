@@ -40,6 +40,13 @@ def named(findings: Any) -> list[tuple[str, ...]]:
     return [use.parameters for use in findings.unrouted]
 
 
+def test_a_model_that_needs_inputs_is_not_audited_without():
+    with pytest.raises(
+        InputError, match=r"^audit needs what the model is called with, .*: missing a required argument: 'input'$"
+    ):
+        fahooks.audit(nn.Linear(2, 2))
+
+
 def test_every_layer_of_a_plain_model_is_unrouted_in_the_order_of_the_forward_pass():
     findings = fahooks.audit(network(), images())
     assert [(use.operation, *use.parameters) for use in findings.unrouted] == [("Convolution", "0.weight"), ("Addmm", "4.weight")]

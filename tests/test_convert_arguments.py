@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 import fahooks
 from fahooks.plugins import InputError, UnknownName
 from fahooks.rules import FeedbackAlignment, Rule, SignSymmetry
+from fahooks.rules.base import DirectRule
 from fahooks.surgery import ConversionError, feedback_layers, feedback_rules
 
 
@@ -55,6 +56,7 @@ SELECTORS: list[tuple[Any, list[str]]] = [
     ("layer?.[1-9]", BLOCKS[2:]),
     (re.compile(r"conv$"), ["layer1.0.conv", "layer1.1.conv"]),
     (re.compile(r"^(stem|head)"), ["stem", "head"]),
+    (r"re:conv$", ["layer1.0.conv", "layer1.1.conv"]),
     (lambda name, module: getattr(module, "kernel_size", None) == (3, 3), ["stem"]),
     (lambda name, module: len(name) == 4, ["stem", "head"]),
     (["stem", nn.Linear], ["stem", "layer1.0.proj", "layer1.1.proj", "head"]),
@@ -289,7 +291,22 @@ def test_what_can_not_be_converted_is_named_with_its_reason(make: Callable[[], n
         ({"rule": {"stem": "fa"}, "exclude": "stem"}, ConversionError, r"nothing converted: all 6 layers .*excluded; no pattern"),
         ({"rule": "fa", "gian": 2}, InputError, r"rule 'fa' has no option 'gian' - did you mean 'gain'"),
         ({"rule": {"*": {"rule": "fa", "size": 2}}}, InputError, r"rule 'fa' has no option 'size'"),
-        ({"rule": Half, "size": 2}, ConversionError, r"rule Half does not take these options: .*'size'"),
+        ({"rule": Half, "size": 2}, InputError, r"rule 'Half' has no option 'size'"),
+        ({"rule": Half, "factor": "much"}, InputError, r"rule 'Half': factor must be a number \(got 'much'\)"),
+        ({"rule": {"*": {"rule": "fa", "gain": "much"}}}, InputError, r"rule 'fa': gain must be a number \(got 'much'\)"),
+        (
+            {"rule": "dfa", "at": 3},
+            InputError,
+            r"rule 'dfa': at must be a string or a list \(got 3\)|at must be a list or a string",
+        ),
+        ({"rule": "dfa", "output": [0, 1]}, InputError, r"rule 'dfa': output must be an integer or a string \(got \[0, 1\]\)"),
+        ({"rule": Rule}, ConversionError, r"rule 'Rule' does not say what it sends back"),
+        ({"rule": DirectRule}, ConversionError, r"rule 'DirectRule' does not say what it sends back"),
+        ({"seed": "a"}, InputError, r"seed must be a whole number, got 'a'"),
+        ({"seed": True}, InputError, r"seed must be a whole number, got True"),
+        ({"exclude": "re:("}, ConversionError, r"exclude: 're:\(' is no regular expression: missing \)"),
+        ({"rule": {"re:(": "fa"}}, ConversionError, r"rule: 're:\(' is no regular expression: missing \)"),
+        ({"include": "re:^xyz$"}, ConversionError, r"include: .*xyz.* matches none of the 6 layers"),
         ({"rule": halved, "gain": 2}, ConversionError, r"a function has no options, got gain"),
         ({"rule": {"*": "fa"}, "gain": 2}, ConversionError, r"options gain belong beside a rule, as \{pattern: .*\}, where"),
         ({"rule": {}}, ConversionError, r"the mapping of rules is empty"),
@@ -309,6 +326,24 @@ def test_wrong_arguments_are_refused_in_one_line(arguments: dict[str, Any], erro
     assert isinstance(raised.value, InputError)
     assert "\n" not in str(raised.value)
     assert not feedback_layers(net)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        fahooks.convert,
+        fahooks.revert,
+        lambda thing: fahooks.backprop(thing).__enter__(),
+        fahooks.audit,
+        lambda thing: fahooks.attach(thing, torch.optim.SGD(nn.Linear(2, 2).parameters())),
+        lambda thing: fahooks.probe(thing).__enter__(),
+        lambda thing: fahooks.targets(thing, torch.zeros(1)).__enter__(),
+    ],
+)
+@pytest.mark.parametrize("thing", [3, "timm/resnet18", nn.Linear, None], ids=steady)
+def test_what_is_no_model_is_refused_at_the_door(call: Callable[[Any], Any], thing: Any) -> None:
+    with pytest.raises(InputError, match=r"^the model must be a torch.nn.Module, got "):
+        call(thing)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -96,6 +96,58 @@ def test_build_refuses_a_missing_option(colours: Registry):
         colours.get("crimson").build()
 
 
+@pytest.mark.parametrize(
+    ("shade", "message"),
+    [
+        ("dark", "colour 'crimson': shade must be an integer (got 'dark')"),
+        (True, "colour 'crimson': shade must be an integer (got True)"),
+        (1.5, "colour 'crimson': shade must be an integer (got 1.5)"),
+        ("x" * 100, f"colour 'crimson': shade must be an integer (got '{'x' * 56}...)"),
+    ],
+)
+def test_build_refuses_a_value_that_is_not_what_the_annotation_says(shade: object, message: str, colours: Registry):
+    with pytest.raises(InputError) as refused:
+        colours.get("crimson").build(shade=shade)
+    assert str(refused.value) == message
+
+
+def test_a_whole_number_is_a_number_and_a_tuple_a_list():
+    def target(*, gain: float, names: str | list[str] | None = None) -> tuple[float, Any]:
+        return gain, names
+
+    entry = plugins.describe("colour", "red", target)
+    assert entry.build(gain=1, names=("a", "b")) == (1, ("a", "b"))
+    with pytest.raises(
+        InputError, match=r"names must be a string or a list \(got 3\)|names must be a list or a string \(got 3\)"
+    ):
+        entry.build(gain=1, names=3)
+
+
+def test_what_an_annotation_does_not_tell_may_be_anything():
+    def unresolved(*, shade: Absent = 1, gamma: float = 2.2) -> Any:  # pyright: ignore[reportUndefinedVariable] # noqa: F821
+        return shade, gamma
+
+    def open_ended(*, shade: int = 1, **more: Any) -> Any:
+        return shade, more
+
+    assert plugins.describe("colour", "red", unresolved).build(shade="dark") == ("dark", 2.2)
+    assert plugins.describe("colour", "red", open_ended).build(shade=2, hue="dark") == (2, {"hue": "dark"})
+    with pytest.raises(InputError, match="shade must be an integer"):
+        plugins.describe("colour", "red", open_ended).build(shade="dark")
+
+
+@pytest.mark.parametrize("thing", [int, len, 3, lambda weight: weight], ids=["class", "function", "object", "lambda"])
+@pytest.mark.parametrize("registry", [plugins.rules, plugins.hooks], ids=lambda registry: registry.kind)
+def test_only_what_can_serve_is_registered(registry: Registry, thing: Any):
+    with pytest.raises(
+        InputError, match=rf"^{registry.kind} 'odd' must be a subclass of fahooks.{registry.kind.capitalize()}, got "
+    ):
+        registry.register("odd")(thing)
+    with pytest.raises(InputError, match="^colour 'odd': .* has no signature"):
+        Registry("colour", home="fahooks.plugins").register("odd")(int if callable(thing) else thing)
+    assert "odd" not in registry
+
+
 def test_an_unknown_name_is_refused_with_near_misses(colours: Registry):
     with pytest.raises(UnknownName) as caught:
         colours.get("azur")
@@ -117,7 +169,9 @@ def test_a_clash_within_one_package_is_refused_too():
     registry.register("red")(of_package("paint"))
     other = of_package("paint")
     other.__qualname__ = "other"
-    with pytest.raises(NameClash, match="'paint' and 'paint'"):
+    with pytest.raises(
+        NameClash, match=r"^colour 'red' is registered twice, for paint.things.* and paint.things.other: rename one of them$"
+    ):
         registry.register("red")(other)
 
 
@@ -164,12 +218,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 
 RULE = """
-from fahooks.plugins import rules
+import fahooks
 
-@rules.register({name!r})
-def rule(weight):
+@fahooks.register_rule({name!r})
+class Rule(fahooks.Rule):
     "A rule."
-    return weight
 """
 
 

@@ -6,6 +6,7 @@ import gc
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, TypeAlias
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -16,8 +17,8 @@ from torch.optim import Optimizer
 
 from fahooks import plugins
 from fahooks.hooks.base import Hook, Match
-from fahooks.plugins import InputError
-from fahooks.rules.base import Rule
+from fahooks.plugins import InputError, check_type
+from fahooks.rules.base import Rule, check_model, check_positive
 from fahooks.surgery.choice import generator_seed
 from fahooks.surgery.selection import selector_test
 from fahooks.surgery.sites import Site, find_sites
@@ -79,15 +80,19 @@ class Attachment:
         """Go on from what `state_dict` returned.
 
         Raises:
-            InputError: it is the state of other hooks, or of hooks on other weights.
+            InputError: it is no such state, or that of other hooks, or of hooks on other weights.
         """
-        given = [(name, sorted(hook)) for name, hook in zip(state["names"], state["hooks"], strict=True)]
+        try:
+            given = [(name, sorted(hook)) for name, hook in zip(state["names"], state["hooks"], strict=True)]
+            steps = int(state["steps"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError("this is no state of what attach returns: give what its state_dict() returned") from error
         own = [(_label(hook), sorted(hook.state_dict())) for hook, _ in self.hooks]
         if given != own:
             raise InputError("the state is that of other hooks, or of hooks on other weights: attach those that it came from")
         for (hook, _), values in zip(self.hooks, state["hooks"], strict=True):
             hook.load_state_dict(values)
-        self._count(state["steps"])
+        self._count(steps)
 
     def __repr__(self) -> str:
         lines = [f"  {hook} on {', '.join(map(repr, weights))}" for hook, weights in self.hooks]
@@ -140,10 +145,18 @@ class Attachment:
             hook.steps = steps
 
 
-def attach(model: nn.Module, optimizer: Optimizer, *hooks: HookLike, total_steps: int | None = None, seed: int = 0) -> Attachment:
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *hooks: HookLike,
+    total_steps: int | None = None,
+    seed: int = 0,
+    **hook_options: Any,
+) -> Attachment:
     """Run hooks, and the rules of `model` that learn, before and after every step of `optimizer`.
 
         handle = fahooks.attach(model, optimizer, "constant_norm", fahooks.FreezeSigns(after=500))
+        handle = fahooks.attach(model, optimizer, "freeze_signs", after=500)
 
     Weights are changed in place and keep their identity. Any `torch.optim` optimizer will do, fused ones, closures and
     GradScalers included: a step that a scaler skips runs no hook. Only weights that this optimizer updates are acted on.
@@ -154,28 +167,38 @@ def attach(model: nn.Module, optimizer: Optimizer, *hooks: HookLike, total_steps
         model: converted beforehand, if at all.
         optimizer: the one that is stepped.
         hooks: each a registered name, a Hook class, a Hook, or {"name": name, **options}. They run in this order: of constraints,
-            the last one holds to the last digit. Without any, only the rules that learn are attached, which they are in any case.
+            the last one holds to the last digit. Without any, only the rules that learn are attached, which they are in any case;
+            where no rule learns, that is nothing, and a loop over rules need not tell them apart.
         total_steps: optimizer steps of the whole training, for options that are a fraction of it.
         seed: what hooks draw comes from private generators keyed by (seed, hook, layer name).
+        hook_options: options of the hook, where just one is given, by name or class.
 
     Returns:
         The handle: `remove()`, and `state_dict()` and `load_state_dict(state)` for checkpoints.
 
     Raises:
         UnknownName: no such hook.
-        InputError: nothing to run, options that a hook does not take, a hook or selector without a weight to act on, a rule that
-            learns on a weight that is no parameter, or a hook or a rule that is attached already.
+        InputError: an argument of another type, options that a hook does not take, a hook or selector without a weight to act on,
+            a rule that learns on a weight that is no parameter, nothing to run although there are rules that learn, or a hook or a
+            rule that is attached already.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise InputError(f"attach needs a torch.optim optimizer after the model, got {type(optimizer).__name__}")
+    check_model(model)
+    check_type("what follows the model", optimizer, Optimizer, "a torch.optim optimizer")
+    check_type("seed", seed, Integral, "a whole number")
+    if total_steps is not None:
+        check_type("total_steps", total_steps, Integral, "a whole number")
+        check_positive("total_steps", total_steps)
     sites = list(find_sites(model))
     updated = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     rules = _rules_that_learn(sites, updated)
-    made = [_make(hook) for hook in hooks]
-    if not made and not rules:
+    if hook_options and (len(hooks) != 1 or isinstance(hooks[0], Hook)):
         raise InputError(
-            "nothing to attach: no hook is given, and no rule on a weight of this optimizer learns; `fahooks ls hooks` lists all"
+            f"{', '.join(hook_options)}: options can stand here where one hook is given, by name or class; otherwise give "
+            "{'name': name, option: value} for each"
         )
+    made = [_make(hook, hook_options) for hook in hooks]
+    if not made and not rules and any(rule.learns for site in sites if (rule := site.rule()) is not None):
+        raise InputError("nothing to attach: no hook is given, and this optimizer updates no weight beside which a rule learns")
     _check_free([*made, *(rule for rule, _ in rules.values())])
     chosen = [(hook, _chosen_sites(hook, sites, updated)) for hook in made]
     parts = [(hook, {name: _parameter(site) for name, site in places.items()}) for hook, places in chosen]
@@ -230,17 +253,17 @@ def _is_attached(part: nn.Module) -> bool:
     return part in _attached and _attached[part]() is not None
 
 
-def _make(hook: HookLike) -> Hook:
+def _make(hook: HookLike, options: Mapping[str, Any]) -> Hook:
     if isinstance(hook, str):
-        return plugins.hooks.get(hook).build()
+        return plugins.hooks.get(hook).build(**options)
     if isinstance(hook, Mapping):
         if not isinstance(hook.get("name"), str):
             raise InputError(f"expected {{'name': name, option: value, ...}}, got {dict(hook)!r}")
-        return plugins.hooks.get(hook["name"]).build(**{k: v for k, v in hook.items() if k != "name"})
+        return plugins.hooks.get(hook["name"]).build(**{k: v for k, v in hook.items() if k != "name"}, **options)
     if isinstance(hook, Hook):
         return hook
     if inspect.isclass(hook) and issubclass(hook, Hook):
-        return hook()
+        return plugins.describe("hook", hook.__name__, hook).build(**options)
     raise InputError(f"a hook must be a name, a Hook class, a Hook or {{'name': name, option: value}}, got {hook!r}")
 
 

@@ -104,6 +104,9 @@ class Hook(nn.Module):
             del self._buffers[key]
 
 
+plugins.hooks.base = Hook
+
+
 def _key(name: str) -> str:
     # The leading slash keeps a layer called "match" from an attribute of that name, and gives a model of one layer a name.
     return "/" + name.replace(".", "/")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Container, Mapping
-from functools import cache
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fahooks import models, plugins
-from fahooks.plugins import InputError, near
+from fahooks.plugins import InputError, either, near, worded
 from fahooks.recipe.schema import OpenSection
 from fahooks.recipe.tree import ABSENT, Key, Tree, child_of, shown
 
@@ -36,11 +34,10 @@ def add_schema_problems(
         if detail["type"] == "extra_forbidden":
             words = unknown + near(str(key[-1]), _fields(tree, schema, key[:-1], at))
         else:
-            words = _worded(detail)
+            words = worded(detail)
         found.setdefault(key, []).append(words)
     for key, wordings in found.items():
-        unique = list(dict.fromkeys(wordings))
-        text = " or ".join([unique[0], *(w.removeprefix("must be ") for w in unique[1:])])
+        text = either(wordings)
         value = tree.get(key)
         got = "" if text.startswith("is missing") else f" (got {shown(value)})"
         text, dash, hint = text.partition(" - did you mean")
@@ -60,23 +57,6 @@ def _locate(tree: Tree, detail: ErrorDetails, at: Key) -> Key:
     if detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
         key = (*key, "name")
     return key
-
-
-def _worded(detail: ErrorDetails) -> str:
-    kind, context = detail["type"], detail.get("ctx", {})
-    if kind in ("missing", "union_tag_not_found"):
-        return "is missing"
-    if kind == "union_tag_invalid":
-        choices = re.findall(r"'([^']*)'", context["expected_tags"])
-        return f"must be one of {', '.join(map(repr, choices))}" + near(str(context["tag"]), choices)
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", context["expected"])
-        return f"must be {context['expected']}" + near(str(detail["input"]), choices)
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return "must be a mapping of keys to values"
-    if kind == "string_pattern_mismatch":
-        return "must be words of letters, digits, '.', '_' and '-', joined by '/'"
-    return detail["msg"].replace("Input should be", "must be").replace("Input should", "must")
 
 
 def _fields(tree: Tree, schema: type[BaseModel], section: Key, at: Key) -> list[str]:
@@ -153,7 +133,7 @@ def left_out(
     left = {k: v for k, v in defaults.items() if k not in options and k not in own and _plain(v)}
     try:
         if entry:
-            _options_schema(entry).model_validate({**options, **left})
+            entry.schema.model_validate({**options, **left})
     except ValidationError:
         return {}
     return left
@@ -181,7 +161,7 @@ def _check_augmentation(tree: Tree, key: Key, step: Any) -> None:
 def _check_hook(tree: Tree, key: Key, entry: Any) -> None:
     hook = _check(tree, (*key, "name"), plugins.hooks)
     if hook is not None and _check_options(tree, key, hook, own={"name", "match"}):
-        _try(tree, key, lambda: hook.build(**{k: v for k, v in entry.items() if k != "name" and (k, v) != ("match", None)}))
+        _try(tree, key, lambda: hook.build(**{k: v for k, v in entry.items() if k not in ("name", "match")}))
 
 
 def _check(tree: Tree, key: Key, registry: plugins.Registry) -> plugins.Entry | None:
@@ -205,23 +185,10 @@ def _try(tree: Tree, key: Key, check: Any) -> None:
 def _check_options(tree: Tree, section: Key, entry: plugins.Entry, own: set[str]) -> bool:
     """Check names and types of the options in `section` by the signature of what `entry` names; True if all are right."""
     options = {k: v for k, v in tree.get(section).items() if k not in own}
-    schema = _options_schema(entry)
+    schema = entry.schema
     try:
         schema.model_validate(options)
     except ValidationError as error:
         add_schema_problems(tree, error, schema, section, unknown=f"{entry.kind} {entry.name!r} has no such option")
         return False
     return True
-
-
-@cache
-def _options_schema(entry: plugins.Entry) -> type[BaseModel]:
-    target = entry.target.__init__ if inspect.isclass(entry.target) else entry.target
-    hints = get_type_hints(target)
-    fields: dict[str, Any] = {}
-    for name, default in entry.options.items():
-        hint = hints.get(name, Any)
-        hint = Annotated[hint, Field(strict=False)] if get_origin(hint) in (tuple, set, frozenset) else hint
-        fields[name] = (hint, ... if default is inspect.Parameter.empty else default)
-    config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=())
-    return create_model(f"options of {entry.name}", __config__=config, **fields)

@@ -99,6 +99,9 @@ class Rule(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
 
+plugins.rules.base = Rule
+
+
 class LearningRule(Rule):
     """A rule whose B learns at optimizer steps; leftmost among the bases of a rule that says what B is otherwise.
 
@@ -236,6 +239,15 @@ def refuse_sharded(weight: Tensor, what: str) -> None:
     """
     if hasattr(weight, "full_tensor"):
         raise plugins.InputError(f"{what} is sharded (fully_shard): use DistributedDataParallel")
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        InputError: names what was given.
+    """
+    plugins.check_type("the model", model, nn.Module, "a torch.nn.Module")
 
 
 def check_choice(option: str, value: object, choices: Any) -> None:

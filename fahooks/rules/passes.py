@@ -22,7 +22,7 @@ from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from fahooks.plugins import InputError, near
-from fahooks.rules.base import DirectRule, Layout
+from fahooks.rules.base import DirectRule, Layout, check_model
 from fahooks.rules.direct_matrix import Units
 
 
@@ -212,6 +212,7 @@ def targets(model: nn.Module, labels: Tensor, *, scale: float | Tensor = 1.0) ->
     Raises:
         InputError: the labels are no tensor.
     """
+    check_model(model)
     if not isinstance(labels, Tensor):
         raise InputError(f"targets must be a tensor of class indices or values, got a {type(labels).__name__}")
     watched = passes_of(model)

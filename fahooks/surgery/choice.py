@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from fahooks import plugins
 from fahooks.rules.backprop import Backprop
-from fahooks.rules.base import FunctionRule, Rule
+from fahooks.rules.base import DirectRule, FunctionRule, Rule
 from fahooks.rules.direct import FromOutput
 from fahooks.surgery.selection import selector_test
 from fahooks.surgery.sites import CONVERTIBLE, ConversionError, Site
@@ -91,12 +90,9 @@ def _choice(rule: Any, options: Mapping[str, Any]) -> Choice:
             raise ConversionError(f"expected {{'rule': name, option: value, ...}}, got {dict(rule)!r}")
         return _choice(rule["rule"], {**{k: v for k, v in rule.items() if k != "rule"}, **options})
     if isinstance(rule, str):
-        entry = plugins.rules.get(rule)
-        entry.build(**options)
-        return Choice(lambda: entry.build(**options), (entry.target, *_flat(options)), rule)
+        return _choice_of(plugins.rules.get(rule), options)
     if isinstance(rule, type) and issubclass(rule, Rule):
-        _check_options(rule, options)
-        return Choice(lambda: rule(**options), (rule, *_flat(options)), rule.__name__)
+        return _choice_of(plugins.describe("rule", rule.__name__, rule), options)
     if isinstance(rule, nn.Module):
         raise ConversionError(
             f"rule must be a name, a Rule class or a function, got the module {type(rule).__name__}: pass its class"
@@ -111,11 +107,14 @@ def _choice(rule: Any, options: Mapping[str, Any]) -> Choice:
     raise ConversionError(f"rule must be a name, a Rule class, a function W -> B or a mapping of these, got {rule!r}")
 
 
-def _check_options(rule: type[Rule], options: Mapping[str, Any]) -> None:
-    try:
-        inspect.signature(rule).bind(**options)
-    except TypeError as error:
-        raise ConversionError(f"rule {rule.__name__} does not take these options: {error}") from error
+def _choice_of(entry: plugins.Entry, options: Mapping[str, Any]) -> Choice:
+    rule: Any = entry.target
+    if rule.forward is Rule.forward or (issubclass(rule, DirectRule) and rule.around is DirectRule.around):
+        raise ConversionError(
+            f"rule {entry.name!r} does not say what it sends back: a subclass of fahooks.Rule has a method forward"
+        )
+    entry.build(**options)
+    return Choice(lambda: rule(**options), (rule, *_flat(options)), entry.name)
 
 
 def _flat(options: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fahooks.rules.base import Rule
+from fahooks.plugins import check_type
+from fahooks.rules.base import Rule, check_model
 from fahooks.rules.passes import Passes, WholeModelRule, passes_of
 from fahooks.surgery.choice import Choice, RuleLike, rule_chooser
 from fahooks.surgery.layer import FeedbackLayer, functional_weight, swap, unswap
@@ -62,8 +64,10 @@ def convert(
         UnknownName: no such rule.
         ConversionError: nothing to convert, a selector that selects nothing, lazy layers not yet materialised, weights on
             the meta device, or a scripted model.
-        InputError: options that the rule does not take.
+        InputError: options that the rule does not take, or an argument of another type.
     """
+    check_model(model)
+    check_type("seed", seed, Integral, "a whole number")
     sites = list(find_sites(model))
     choose = rule_chooser(rule, rule_options, sites)
     selected = reasons_unselected(sites, include, exclude)
@@ -96,6 +100,7 @@ def convert(
 
 def revert(model: nn.Module) -> None:
     """Undo `convert`: classes, state_dict keys and gradients are as before; a model that was not converted stays as it is."""
+    check_model(model)
     _broadcast(model, True)
     for passes in passes_of(model):
         passes.remove()
@@ -111,6 +116,7 @@ def backprop(model: nn.Module) -> Iterator[None]:
     Nests, and restores what was before also when the body raises. Activation checkpointing repeats forward passes in the backward
     pass, which then has to be inside as well.
     """
+    check_model(model)
     layers = [module for module in modules_of(model).values() if isinstance(module, FeedbackLayer)]
     before = [layer.feedback_enabled for layer in layers]
     for layer in layers:

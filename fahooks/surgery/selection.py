@@ -15,6 +15,9 @@ from fahooks.surgery.sites import ConversionError, Site, lineage
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]"
 
+REGEX = "re:"
+"""What a name pattern that is a regular expression, and no glob, begins with."""
+
 
 def reasons_unselected(sites: Sequence[Site], include: Any, exclude: Any) -> dict[str, str | None]:
     """Why each site is not selected, by name; None where it is."""
@@ -40,6 +43,11 @@ def selector_test(selector: Any, sites: Sequence[Site], role: str) -> Callable[[
 
 
 def _site_test(selector: Any, role: str) -> Callable[[Site], bool]:
+    if isinstance(selector, str) and selector.startswith(REGEX):
+        try:
+            selector = re.compile(selector.removeprefix(REGEX))
+        except re.error as error:
+            raise ConversionError(f"{role}: {selector!r} is no regular expression: {error}") from error
     if isinstance(selector, str):
         return lambda site: any(fnmatch.fnmatchcase(name, selector) for name in lineage(site.name))
     if isinstance(selector, re.Pattern):

@@ -27,7 +27,7 @@ def test_a_wrong_recipe_is_one_line_with_all_its_problems(tmp_path: Path):
     assert done.exit_code == 2
     first, second, third = done.stdout.splitlines()
     assert first == (
-        f"{wrong}: {wrong}:2: optim.lr: must be a valid number (got 'fast'); "
+        f"{wrong}: {wrong}:2: optim.lr: must be a number (got 'fast'); "
         f"{wrong}:3: trian: unknown key (got {{}}) - did you mean 'train'?"
     )
     assert second == f"{right}: ok"

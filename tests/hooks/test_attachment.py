@@ -111,6 +111,66 @@ def test_a_hook_is_a_name_a_class_an_object_or_a_mapping(net: Net, learn: Learn)
     assert not same(results[0], results[4]), "control"
 
 
+def test_options_of_a_single_hook_may_stand_beside_it(net: Net, learn: Learn):
+    results = []
+    for hooks, options in (
+        ([{"name": "alignment", "strength": 1.0}], {}),
+        (["alignment"], {"strength": 1.0}),
+        ([fahooks.Alignment], {"strength": 1}),
+        ([{"name": "alignment"}], {"strength": 1.0}),
+        (["alignment"], {}),
+    ):
+        model = net()
+        optimizer = sgd(model)
+        fahooks.attach(model, optimizer, *hooks, seed=3, **options)
+        learn(model, optimizer)
+        results.append(weights(model))
+    assert all(same(results[0], other) for other in results[1:4])
+    assert not same(results[0], results[4]), "control"
+    for hooks in ([], ["alignment", "manhattan"], [fahooks.Alignment()]):
+        with pytest.raises(InputError, match="^strength: options can stand here where one hook is given"):
+            fahooks.attach(net(), sgd(net()), *hooks, strength=1.0)
+
+
+@pytest.mark.parametrize("rule", fahooks.list_rules())
+def test_a_loop_over_rules_attaches_each(rule: str, net: Net, learn: Learn):
+    model = net(None)
+    fahooks.convert(model, rule)
+    optimizer = sgd(model)
+    handle = fahooks.attach(model, optimizer)
+    assert bool(handle.rules) is (rule in ("kp", "wm"))
+    if handle.rules:
+        with pytest.raises(InputError, match="^nothing to attach: no hook is given, and this optimizer updates no weight beside"):
+            fahooks.attach(model, sgd(nn.Linear(2, 2)))
+    elif rule not in ("drtp",):
+        learn(model, optimizer)
+        assert handle.steps == 3
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"total_steps": "x"}, "total_steps must be a whole number, got 'x'"),
+        ({"total_steps": 0}, "total_steps must be a positive number, got 0"),
+        ({"seed": "x"}, "seed must be a whole number, got 'x'"),
+        ({"time_constant": "x"}, r"hook 'constant_norm': time_constant must be a number \(got 'x'\)"),
+        ({"tim_constant": 5}, "hook 'constant_norm' has no option 'tim_constant' - did you mean 'time_constant'"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments: dict[str, Any], message: str, net: Net):
+    model = net()
+    with pytest.raises(InputError, match=message):
+        fahooks.attach(model, sgd(model), "constant_norm", **arguments)
+
+
+@pytest.mark.parametrize("state", [{"a": 1}, {}, [], None, {"steps": "x", "names": [], "hooks": []}], ids=str)
+def test_what_is_no_state_is_refused(state: Any, net: Net):
+    model = net()
+    with pytest.raises(InputError, match="^this is no state of what attach returns"):
+        fahooks.attach(model, sgd(model), "manhattan").load_state_dict(state)
+
+
 def test_hooks_run_in_order_around_every_step(net: Net, learn: Learn):
     model, plain = net(), net()
     optimizer = sgd(model)
@@ -356,7 +416,6 @@ def test_a_shared_weight_is_acted_on_once():
 @pytest.mark.parametrize(
     ("hooks", "message"),
     [
-        ([], "nothing to attach: no hook is given, and no rule on a weight of this optimizer learns"),
         (["constant_nrom"], "no hook is named 'constant_nrom' - did you mean 'constant_norm'"),
         ([{"name": "alignment", "strenth": 1}], "hook 'alignment' has no option 'strenth' - did you mean 'strength'"),
         ([{"strength": 1}], r"expected \{'name': name, option: value, ...\}, got \{'strength': 1\}"),
@@ -383,8 +442,8 @@ def test_what_can_not_be_attached_is_refused_and_leaves_nothing(hooks: list[Any]
 
 def test_models_and_optimizers_that_do_not_fit_are_refused(net: Net):
     model = net()
-    with pytest.raises(InputError, match="needs a torch.optim optimizer after the model, got Net"):
-        fahooks.attach(sgd(model), model, "manhattan")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="what follows the model must be a torch.optim optimizer, got Net"):
+        fahooks.attach(model, model, "manhattan")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="hook 'manhattan': this model leaves no weight to act on"):
         fahooks.attach(nn.ReLU(), sgd(model), "manhattan")
     with pytest.raises(InputError, match="this model leaves no weight to act on .*this optimizer does not update its weight"):
