@@ -12,7 +12,8 @@ from fahooks.plugins import InputError
 def validate(recipes: tuple[str, ...]) -> None:
     """Check recipes, all shipped ones where none is named, and say what is wrong in each.
 
-    RECIPE is the name of a shipped recipe (`fahooks ls recipes`) or a file. One line each; exit code 2 if one is wrong.
+    RECIPE is the name of a shipped recipe (`fahooks ls recipes`) or a file. Patterns are tried on the model's layers; no data
+    is read. One line for each that is right, and for each problem; exit code 2 if there is one.
     """
     from fahooks.recipe import printable, shipped_names
 
@@ -20,17 +21,18 @@ def validate(recipes: tuple[str, ...]) -> None:
     wrong = 0
     for name in names:
         problems = _problems(name)
-        click.echo(f"{printable(name)}: {'; '.join(problems) or 'ok'}")
+        click.echo("\n".join(problems) or f"{printable(name)}: ok")
         wrong += bool(problems)
     if wrong:
-        raise InputError(f"{wrong} of {len(names)} recipes {'is' if wrong == 1 else 'are'} wrong")
+        raise InputError("the recipe is wrong" if len(names) == 1 else f"of {len(names)} recipes, {wrong} wrong")
 
 
 def _problems(name: str) -> list[str]:
-    from fahooks.recipe import RecipeError, load
+    from fahooks.recipe import RecipeError
+    from fahooks.training.fitting import load_fitting
 
     try:
-        load(name)
+        load_fitting(name)
     except RecipeError as error:
         return error.problems
     except InputError as error:

@@ -13,14 +13,14 @@ that use such a weight, or a part of it. "weight.mT" is the weight of a linear m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from fahooks import plugins
 from fahooks.plugins import InputError
 
-Adapter = TypeVar("Adapter", bound=Callable[[nn.Module], Sequence[str]])
+Adapter = TypeVar("Adapter", bound=Callable[[Any], Sequence[str]])
 
 
 def register_adapter(name: str, *, summary: str = "", paper: str = "") -> Callable[[Adapter], Adapter]:

@@ -194,7 +194,7 @@ class Registry:
         """
 
         def decorate(target: T) -> T:
-            if self.base is not None and not (inspect.isclass(target) and issubclass(target, self.base)):
+            if self.base is not None and self.base not in getattr(target, "__mro__", ()):
                 raise InputError(f"{self.kind} {name!r} must be a subclass of fahooks.{self.base.__name__}, got {_brief(target)}")
             entry = describe(self.kind, name, target, summary=summary, paper=paper)
             known = self._entries.get(name)

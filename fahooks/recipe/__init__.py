@@ -11,6 +11,7 @@ from fahooks.recipe.loading import copy as copy
 from fahooks.recipe.loading import find as find
 from fahooks.recipe.loading import list_recipes as list_recipes
 from fahooks.recipe.loading import load as load
+from fahooks.recipe.loading import load_marked as load_marked
 from fahooks.recipe.loading import shipped_names as shipped_names
 from fahooks.recipe.origins import Line as Line
 from fahooks.recipe.origins import explain as explain
@@ -23,4 +24,5 @@ from fahooks.recipe.schema import Cosine as Cosine
 from fahooks.recipe.schema import Paper as Paper
 from fahooks.recipe.schema import Recipe as Recipe
 from fahooks.recipe.schema import Step as Step
+from fahooks.recipe.tree import Key as Key
 from fahooks.recipe.tree import printable as printable

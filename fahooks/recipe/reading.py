@@ -308,13 +308,19 @@ def _parsed_key(tree: Tree, name: str) -> Key:
 
 def _set(tree: Tree, key: Key, value: Any, marks: Mapping[Key, str]) -> None:
     target = tree.data
-    for depth, part in enumerate(key[:-1]):
+    for depth, part in enumerate(key):
+        if isinstance(target, list) and child_of(target, part) is ABSENT:
+            has = f"{dotted(key[:depth])} has the entries 0 to {len(target) - 1}" if target else f"{dotted(key[:depth])} is empty"
+            tree.problem(key, f"there is no such key, since {has}", where="--set")
+            return
+        if depth == len(key) - 1:
+            break
         if isinstance(target, dict) and target.get(part) is None:
             tree.marks[key[: depth + 1]] = "--set"
             target[part] = {}
         target = child_of(target, part)
     last = key[-1]
-    if isinstance(target, dict) or (isinstance(target, list) and isinstance(last, int) and last < len(target)):
+    if isinstance(target, dict | list):
         for old in [k for k in tree.marks if k[: len(key)] == key]:
             del tree.marks[old]
         tree.marks |= marks

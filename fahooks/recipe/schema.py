@@ -88,6 +88,15 @@ class Data(Section):
     limit: Count | None = None
     augment: list[Annotated[dict[str, dict[str, Any]], AfterValidator(_one_step)]] = []
 
+    @field_validator("limit")
+    @classmethod
+    def _leaves_images_to_train_on(cls, limit: int | None, info: ValidationInfo) -> int | None:
+        validation = info.data.get("validation")
+        if limit is not None and isinstance(validation, int) and limit <= validation:
+            words = "must be more than the {validation} images of data.validation, or none are left"
+            raise PydanticCustomError("limit", words, {"validation": validation})
+        return limit
+
 
 class Adam(Section):
     """Adam (Kingma, Ba 2014); weight decay is an L2 term in the gradient."""

@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from fahooks.plugins import InputError, datasets
-from fahooks.recipe import Recipe, find, load
+from fahooks.recipe import Recipe, find
 from fahooks.training.checkpoint import check_same
 from fahooks.training.failures import recorded
+from fahooks.training.fitting import load_fitting
 from fahooks.training.loop import Result, train
 from fahooks.training.run_directory import RunDirectory, fresh_directory
 from fahooks.training.setup import prepare
@@ -33,7 +34,7 @@ def start(name: str, overrides: Sequence[str] = (), out: Path | None = None) -> 
         KeyboardInterrupt: the user stopped it; the message says how to go on.
     """
     source = find(name)
-    setup = prepare(load(source, overrides))
+    setup = prepare(load_fitting(source, overrides))
     run = RunDirectory.create(setup.recipe, source, out=out, overrides=overrides, choices=setup.choices)
     with run.alone():
         return final_line(setup.recipe, train(setup, run), run)
@@ -69,7 +70,7 @@ def resume_newest(name: str, overrides: Sequence[str] = (), out: Path | None = N
         Failed: something else went wrong; the message says what.
         KeyboardInterrupt: the user stopped it; the message says how to go on.
     """
-    asked = load(find(name), overrides)
+    asked = load_fitting(name, overrides)
     run = RunDirectory.newest(asked.name, asked.seed) if out is None else RunDirectory(out)
     if run is None or not run.begun:
         return start(name, overrides, out)
@@ -105,7 +106,7 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
             rules = ", ".join(QUICKSTART_RULES)
             raise InputError(f"quickstart compares {rules} and sets feedback and name itself (got --set {override})")
     source = find("quickstart")
-    recipes = {rule: load(source, (*overrides, *_quickstart_overrides(rule))) for rule in QUICKSTART_RULES}
+    recipes = {rule: load_fitting(source, (*overrides, *_quickstart_overrides(rule))) for rule in QUICKSTART_RULES}
     prepare(recipes[QUICKSTART_RULES[0]])  # finds what is wrong with the data before a folder is made
     folder = fresh_directory(out, "quickstart")
     dataset = datasets.get(recipes[QUICKSTART_RULES[0]].data.dataset)

@@ -122,7 +122,7 @@ def test_options_of_a_single_hook_may_stand_beside_it(net: Net, learn: Learn):
     ):
         model = net()
         optimizer = sgd(model)
-        fahooks.attach(model, optimizer, *hooks, seed=3, **options)
+        fahooks.attach(model, optimizer, *hooks, seed=3, **options)  # pyright: ignore[reportArgumentType]
         learn(model, optimizer)
         results.append(weights(model))
     assert all(same(results[0], other) for other in results[1:4])

@@ -1,0 +1,79 @@
+"""Whether the patterns of a recipe fit its model: tried without data, and mostly without memory for weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fahooks import models, plugins
+from fahooks.plugins import InputError
+from fahooks.recipe import Key, Recipe, RecipeError, Source, find, load_marked
+from fahooks.rules.direct import FromOutput
+from fahooks.surgery.selection import selector_test
+from fahooks.surgery.sites import Site, find_blocks, find_sites
+
+
+def load_fitting(source: Source | str, overrides: Sequence[str] = ()) -> Recipe:
+    """As `fahooks.recipe.load`; and every pattern in the recipe matches a layer of its model.
+
+    Raises:
+        RecipeError: every problem in it, one a line, with the place where it was written.
+        InputError: the recipe does not exist.
+    """
+    recipe, tree = load_marked(find(source) if isinstance(source, str) else source, overrides)
+    for key, what in misfits(recipe):
+        tree.problem(key, what)
+    if tree.problems:
+        raise RecipeError(tree.problems)
+    return recipe
+
+
+def misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    """The patterns that match nothing in the model, and a model that can not be built: each key with what is wrong there."""
+    try:
+        model = _model(recipe)
+    except InputError as error:
+        # A registered model may be one that can be built only with what the images tell.
+        if recipe.model.name not in plugins.models:
+            yield ("model",), str(error)
+        return
+    sites = list(find_sites(model))
+    for index, entry in enumerate(recipe.feedback):
+        yield from _unmatched(("feedback", index, "match"), entry.match, sites)
+        if "at" in entry.options and issubclass(_class(plugins.rules, entry.rule), FromOutput):
+            yield from _no_blocks(("feedback", index, "at"), entry.options["at"], model)
+    for index, hook in enumerate(recipe.hooks):
+        for pattern in [hook.match] if isinstance(hook.match, str) else hook.match or []:
+            yield from _unmatched(("hooks", index, "match"), pattern, sites)
+
+
+def _model(recipe: Recipe) -> nn.Module:
+    """The model with its layers' names, which do not depend on the images; on the meta device where it can be built there."""
+    name, options = recipe.model.name, recipe.model.options
+    try:
+        with torch.device("meta"):
+            return models.build(name, **options)
+    except InputError:
+        with torch.random.fork_rng(devices=[]):
+            return models.build(name, **options)
+
+
+def _unmatched(key: Key, pattern: str, sites: Sequence[Site]) -> Iterator[tuple[Key, str]]:
+    try:
+        selector_test(pattern, sites, "match")
+    except InputError as error:
+        yield key, str(error).removeprefix("match: ")
+
+
+def _no_blocks(key: Key, at: str | Sequence[str] | None, model: nn.Module) -> Iterator[tuple[Key, str]]:
+    try:
+        find_blocks(model, [at] if isinstance(at, str) else at or [])
+    except InputError as error:
+        yield key, str(error).removeprefix("at: ")
+
+
+def _class(registry: plugins.Registry, name: str) -> Any:
+    return registry.get(name).target
