@@ -47,7 +47,10 @@ class _Linear(torch.autograd.Function):
         rows, grad_rows = input.reshape(-1, input.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_weight = grad_bias = None
         if needs_input:
-            grad_input = _product(grad_rows, feedback_matrix(ctx.feedback, weight), like=rows).reshape(input.shape)
+            matrix, factor = _factored(ctx.feedback, weight, input)
+            grad_input = _product(grad_rows, matrix, like=rows).reshape(input.shape)
+            if factor is not None:
+                grad_input.mul_(factor)
         if needs_weight:
             grad_weight = _product(rows.t(), grad_rows, like=weight.t()).t()
         if needs_bias:
@@ -79,9 +82,14 @@ class _Convolution(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         # The weight gradient does not read the weight slot, so that one call with B in it yields all three gradients.
-        matrix = feedback_matrix(ctx.feedback, weight) if needed[0] else weight
-        gradients = torch.ops.aten.convolution_backward.default(grad_output, input, matrix, ctx.bias_sizes, *ctx.settings, needed)
+        matrix, factor = _factored(ctx.feedback, weight, input) if needed[0] else (weight, None)
+        gradients = _convolution_backward(grad_output, input, matrix, ctx.bias_sizes, *ctx.settings, needed)
+        if factor is not None:
+            gradients[0].mul_(factor)
         return *gradients, None, None
+
+
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 class _Product(torch.autograd.Function):
@@ -113,7 +121,23 @@ def feedback_matrix(feedback: Feedback, weight: Tensor) -> Tensor:
     Raises:
         ValueError: B has another shape than the weight.
     """
-    matrix = feedback(weight)
+    return _checked(feedback(weight), feedback, weight)
+
+
+def _factored(feedback: Feedback, weight: Tensor, input: Tensor) -> tuple[Tensor, Tensor | float | None]:
+    """B for a call, and None; or B without its factor, and that factor, for the gradient of the input to be multiplied by.
+
+    A pass over that gradient takes less time than one over B where the input has less units than the layer has weights.
+    """
+    rule: Any = feedback
+    # B^T delta without the factor may be more than float16 holds.
+    if getattr(rule, "factors", None) is None or input.numel() > weight.numel() or weight.dtype == torch.float16:
+        return feedback_matrix(feedback, weight), None
+    matrix, factor = rule.factored(weight)
+    return _checked(matrix, feedback, weight), factor
+
+
+def _checked(matrix: Tensor, feedback: Feedback, weight: Tensor) -> Tensor:
     if matrix.shape != weight.shape:
         raise ValueError(
             f"{type(feedback).__name__} returned a feedback matrix of shape {tuple(matrix.shape)} "
@@ -274,6 +298,8 @@ def _resolve_padding(
 
 def _autocast(input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast as autocast would: inside an autograd function it no longer could record the casts."""
+    if not torch._C._is_any_autocast_enabled():  # as torch's RNN asks; by device it takes longer than all else here
+        return input, *others
     device = input.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return input, *others

@@ -79,6 +79,26 @@ class Rule(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement forward(weight)")
 
+    factors: Callable[[Tensor], tuple[Tensor, Tensor | float]] | None = None
+    """For a rule whose B is a matrix times one number: maps W to the two, beside `forward`, which multiplies them."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in cls.__dict__ and "factors" not in cls.__dict__:
+            cls.factors = None  # those of a base do not make the B of the new forward
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """B, as `forward` gives it. What else a call of a module looks for takes longer than many a rule."""
+        if self._forward_hooks or self._forward_pre_hooks:
+            return super().__call__(weight)
+        return self.forward(weight)
+
+    def factored(self, weight: Tensor) -> tuple[Tensor, Tensor | float | None]:
+        """B without its factor, and that factor; B and None where hooks are to see B, or the rule has no `factors`."""
+        if self.factors is None or self._forward_hooks or self._forward_pre_hooks:
+            return self(weight), None
+        return self.factors(weight)
+
     def attach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
         """Prepare to learn beside `weight`, which `optimizer` updates; called by `fahooks.attach` where `learns` is set."""
 

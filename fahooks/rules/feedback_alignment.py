@@ -51,8 +51,10 @@ class FeedbackAlignment(Rule):
 
     def forward(self, weight: Tensor) -> Tensor:
         """B, cast to the dtype of the call where autocast chose another."""
-        matrix = self.matrix if self.storage == "matrix" else self.draw(weight, weight.device)
-        return matrix.to(weight.dtype)
+        matrix = self._buffers.get("matrix")
+        if matrix is None:
+            matrix = self.draw(weight, weight.device)
+        return matrix if matrix.dtype == weight.dtype else matrix.to(weight.dtype)
 
     def extra_repr(self) -> str:
         """The options."""

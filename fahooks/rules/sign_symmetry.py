@@ -45,6 +45,10 @@ class SignSymmetry(Rule):
         """B = scale x sign(W)."""
         return weight.sign().mul_(self.factor)
 
+    def factors(self, weight: Tensor) -> tuple[Tensor, float]:
+        """sign(W), and the scale."""
+        return weight.sign(), self.factor
+
     def extra_repr(self) -> str:
         """The scale."""
         return f"scale={self.factor:.4g}"
@@ -127,6 +131,12 @@ class SignSymmetryNormalized(Rule):
 
     def forward(self, weight: Tensor) -> Tensor:
         """B = norm(W) sign(W) / norm(sign(W)), L2 norms; zero where W is all zero."""
-        signs = weight.sign()
-        sign_norm = weight_norm(signs).clamp_min(1)
-        return signs.mul_((weight_norm(weight) / sign_norm).to(weight.dtype))
+        signs, factor = self.factors(weight)
+        return signs.mul_(factor)
+
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """sign(W), and norm(W) / norm(sign(W))."""
+        signs, norm = weight.sign(), weight_norm(weight)
+        # Sums of ones are exact, in whatever order they are added up.
+        sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
+        return signs, (norm / sign_norm.clamp_min(1)).to(weight.dtype)

@@ -41,16 +41,22 @@ class FeedbackLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward, its weights' calls routed through the feedback rule where gradients are recorded."""
-        if not (self.feedback_enabled and torch.is_grad_enabled() and self._sends_error(args, kwargs)):
+        if not (self.feedback_enabled and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
+        if self.functional_weights is not None and not self._sends_error(args, kwargs):
+            return super().forward(*args, **kwargs)
+        # A module looks for its parts in these dictionaries last: asking them takes a fraction of the time.
+        rule: Any = self._modules["feedback"]
         if self.at_output:
-            block: Any = self.feedback
-            return block.cut(super().forward(*args, **kwargs))
-        if self.one_call is not None and len(args) == 1 and not kwargs and not isinstance(self.feedback, DirectRule):
-            weight: Any = self.weight
-            feedback = self.feedback_for(weight)
-            if feedback is not None:
-                return self.one_call(args[0], weight, feedback)
+            return rule.cut(super().forward(*args, **kwargs))
+        if self.one_call is not None and self.functional_weights is None and len(args) == 1 and not kwargs:
+            if not isinstance(rule, DirectRule):
+                weight: Any = self._parameters.get("weight")
+                if weight is None or weight.shape != rule.weight_shape:
+                    weight = self.weight
+                    rule = self.feedback_for(weight)
+                if rule is not None:
+                    return self.one_call(args[0], weight, rule)
         if self._uses_parametrized_weights():
             # A parametrization computes a new tensor each time it is asked: kept, it is known again where it is used. torch's
             # attention asks for its packed projection three times a pass in training: spectral_norm then moves once, not thrice.
@@ -91,8 +97,6 @@ class FeedbackLayer(nn.Module):
 
     def _sends_error(self, args: Any, kwargs: Any) -> bool:
         """False where nothing asks for a gradient: attention may then take torch's fast path, which a mode would close."""
-        if self.functional_weights is None:
-            return True
         inputs = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         return any(tensor.requires_grad for tensor in itertools.chain(self.parameters(), inputs))
 
