@@ -101,7 +101,9 @@ class FromOutput(RandomDirectRule):
                 "dimension must be that of the batch"
             )
         signal = self.signal(error.reshape(units.samples, -1), targets)
-        return units.unfold(self.matrix(signal.unsqueeze(2), units.folded))
+        # A signal that had to be turned round would take longer than the product that makes it.
+        last = units.layout != "channels first"
+        return units.unfold(self.matrix(signal.unsqueeze(2), units.folded, channels_last=last))
 
     def signal(self, error: Tensor, targets: Targets | None) -> Tensor:
         """What is multiplied by B: [N, outputs], of the error e of that shape."""

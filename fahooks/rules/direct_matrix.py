@@ -52,12 +52,14 @@ class DirectMatrix(nn.Module):
         self.sizes: tuple[int, int] | None = None
         self.register_buffer("values", None)
 
-    def forward(self, error: Tensor, shape: torch.Size) -> Tensor:
+    def forward(self, error: Tensor, shape: torch.Size, *, channels_last: bool = False) -> Tensor:
         """B e for a batch, cast to the dtype of e.
 
         Arguments:
             error: e, [N, C, P]: samples, channels and positions of the source.
             shape: [N, C, P] of the layer's input.
+            channels_last: whether the units, of which each has a row of the dense B, are numbered position by position, as they
+                then lie in memory, and not channel by channel.
 
         Returns:
             The signal for the layer's input, of that shape.
@@ -71,12 +73,13 @@ class DirectMatrix(nn.Module):
             return summed.unsqueeze(2).expand(shape)
         flat = error.reshape(samples, -1)
         if self.feedback == "dense":
-            return (flat @ self._kept(error, shape).t()).view(shape)
-        self._check_sizes(error, shape)
-        signal = flat.new_empty(samples, channels * positions)
-        for start, stop, rows in self._slices(error, shape, error.device):
-            torch.matmul(flat, rows.to(flat.dtype).t(), out=signal[:, start:stop])
-        return signal.view(shape)
+            signal = flat @ self._kept(error, shape).t()
+        else:
+            self._check_sizes(error, shape)
+            signal = flat.new_empty(samples, channels * positions)
+            for start, stop, rows in self._slices(error, shape, error.device):
+                torch.matmul(flat, rows.to(flat.dtype).t(), out=signal[:, start:stop])
+        return signal.view(samples, positions, channels).transpose(1, 2) if channels_last else signal.view(shape)
 
     def prepare(self, error: Tensor, shape: torch.Size) -> None:
         """Draw the matrix if it is to be kept and was not drawn yet; of an error only its sizes, dtype and device are read."""

@@ -234,20 +234,13 @@ def assert_direct(layer: nn.Module, x: Tensor, samples: int, **options: Any) -> 
     signal = (e.view(samples, 3) @ matrix(model, "3").t()).view_as(h)
     parameters = list(plain[0].parameters())
     expected = dict(zip(dict(plain[0].named_parameters(prefix="0")), torch.autograd.grad(h, parameters, signal), strict=True))
-    expected["input"] = _unfold(layer, e.view(samples, 3) @ matrix(model, "0").t(), x)
+    expected["input"] = (e.view(samples, 3) @ matrix(model, "0").t()).view_as(x)
     torch.testing.assert_close({name: found[name] for name in expected}, expected)
     assert distance(found, gradients(plain, x, squares)) > 1e-3, "control: B e is W^T delta"
 
 
 def _unbatched(layer: nn.Module, x: Tensor) -> bool:
     return not isinstance(layer, nn.Linear) and x.dim() == layer.get_parameter("weight").dim() - 1
-
-
-def _unfold(layer: nn.Module, signal: Tensor, x: Tensor) -> Tensor:
-    """B e, whose units are channel by channel, as x lies: for linear layers channels are last."""
-    if not isinstance(layer, nn.Linear):
-        return signal.view_as(x)
-    return signal.view(len(signal), 4, -1).transpose(1, 2).reshape(x.shape)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -879,9 +872,7 @@ def test_blocks_of_convolutions(feedback: str) -> None:
     gradients(dense, images())
 
     def signal(name: str, e: Tensor, y: Tensor) -> Tensor:
-        # At blocks the units of B are taken with the last dimension first.
-        samples, channels, height, width = y.shape
-        return (e @ matrix(dense, name).t()).view(samples, width, channels, height).permute(0, 2, 3, 1)
+        return (e @ matrix(dense, name).t()).view_as(y)
 
     assert_close(found, surrogate(images_through_blocks(), images(), signal, ["0", "1"], entropy, output=True))
 
