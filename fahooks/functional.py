@@ -131,9 +131,9 @@ def _factored(feedback: Feedback, weight: Tensor, input: Tensor) -> tuple[Tensor
     """
     rule: Any = feedback
     # B^T delta without the factor may be more than float16 holds.
-    if getattr(rule, "factors", None) is None or input.numel() > weight.numel() or weight.dtype == torch.float16:
+    if getattr(rule, "factors", None) is None or rule.hooked or input.numel() > weight.numel() or weight.dtype == torch.float16:
         return feedback_matrix(feedback, weight), None
-    matrix, factor = rule.factored(weight)
+    matrix, factor = rule.factors(weight)
     return _checked(matrix, feedback, weight), factor
 
 

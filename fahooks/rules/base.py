@@ -87,17 +87,14 @@ class Rule(nn.Module):
         if "forward" in cls.__dict__ and "factors" not in cls.__dict__:
             cls.factors = None  # those of a base do not make the B of the new forward
 
+    @property
+    def hooked(self) -> bool:
+        """Whether it has hooks, which are to see W and B."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
+
     def __call__(self, weight: Tensor) -> Tensor:
         """B, as `forward` gives it. What else a call of a module looks for takes longer than many a rule."""
-        if self._forward_hooks or self._forward_pre_hooks:
-            return super().__call__(weight)
-        return self.forward(weight)
-
-    def factored(self, weight: Tensor) -> tuple[Tensor, Tensor | float | None]:
-        """B without its factor, and that factor; B and None where hooks are to see B, or the rule has no `factors`."""
-        if self.factors is None or self._forward_hooks or self._forward_pre_hooks:
-            return self(weight), None
-        return self.factors(weight)
+        return super().__call__(weight) if self.hooked else self.forward(weight)
 
     def attach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
         """Prepare to learn beside `weight`, which `optimizer` updates; called by `fahooks.attach` where `learns` is set."""
@@ -246,6 +243,8 @@ class FunctionRule(Rule):
 def weight_norm(weight: Tensor) -> Tensor:
     """The L2 norm of a weight, in float32 or its own dtype where that is finer."""
     precision = torch.promote_types(weight.dtype, torch.float32)
+    if torch.compiler.is_compiling():  # inductor adds up in blocks, and in the same pass takes the signs
+        return torch.linalg.vector_norm(weight, dtype=precision)
     # First a unit at a time: added up in one go, the squares of millions of weights lose the last digits of the norm.
     units = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), dtype=precision)
     return torch.linalg.vector_norm(units)
