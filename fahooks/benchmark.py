@@ -11,7 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -116,9 +116,10 @@ def compare(
         contestant.step()
     peaks = [_peak(contestant.step, images.device) for contestant in contestants]
     times: dict[str, dict[str, list[float]]] = {contestant.name: {} for contestant in contestants}
-    for contestant in _turns(contestants, rounds):
-        for clock, seconds in _timed(contestant.step, images.device).items():
-            times[contestant.name].setdefault(clock, []).append(seconds)
+    with _collected():
+        for contestant in _turns(contestants, rounds):
+            for clock, seconds in _timed(contestant.step, images.device).items():
+                times[contestant.name].setdefault(clock, []).append(seconds)
     return [
         Timing(
             name=contestant.name,
@@ -162,6 +163,17 @@ def _turns(contestants: Sequence[_Contestant], rounds: int) -> Iterator[_Contest
         first = number // 2 % len(contestants)
         order = [*contestants[first:], *contestants[:first]]
         yield from reversed(order) if number % 2 else order
+
+
+@contextmanager
+def _collected() -> Iterator[None]:
+    """Keep Python's garbage collector from what exists already: to look through it takes as long as a step, and the caches."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> dict[str, float]:

@@ -130,8 +130,9 @@ def _factored(feedback: Feedback, weight: Tensor, input: Tensor) -> tuple[Tensor
     A pass over that gradient takes less time than one over B where the input has less units than the layer has weights.
     """
     rule: Any = feedback
-    # B^T delta without the factor may be more than float16 holds.
-    if getattr(rule, "factors", None) is None or rule.hooked or input.numel() > weight.numel() or weight.dtype == torch.float16:
+    # In half precision B^T delta without the factor rounds otherwise, and may overflow.
+    half = weight.dtype.itemsize < 4
+    if getattr(rule, "factors", None) is None or rule.hooked or half or input.numel() > weight.numel():
         return feedback_matrix(feedback, weight), None
     matrix, factor = rule.factors(weight)
     return _checked(matrix, feedback, weight), factor

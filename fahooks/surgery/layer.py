@@ -46,7 +46,7 @@ class FeedbackLayer(nn.Module):
         if self.functional_weights is not None and not self._sends_error(args, kwargs):
             return super().forward(*args, **kwargs)
         # A module looks for its parts in these dictionaries last: asking them takes a fraction of the time.
-        rule: Any = self._modules["feedback"]
+        rule: Any = self._modules.get("feedback")
         if self.at_output:
             return rule.cut(super().forward(*args, **kwargs))
         if self.one_call is not None and self.functional_weights is None and len(args) == 1 and not kwargs:
