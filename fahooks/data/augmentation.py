@@ -6,38 +6,17 @@ with the pixels that it would have seen.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fahooks.data.draw import Draw
+from fahooks.data.framing import Framing, Shape, frame
 from fahooks.plugins import InputError, augmentations
-
-Shape = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Whole numbers for a batch, each a pure function of its image and of the key.
-
-    Arguments:
-        index: int64 [N], the place of each image in its split.
-        key: what else the numbers depend on, such as seed and epoch.
-    """
-
-    index: Tensor
-    key: tuple[str | int, ...]
-
-    def below(self, count: int, *key: str | int) -> Tensor:
-        """int64 [N], uniform in range(count), for count up to 2**31; different for different `key`."""
-        digest = hashlib.blake2b(repr((*self.key, *key)).encode(), digest_size=8).digest()
-        bits = _splitmix64(int.from_bytes(digest, "little", signed=True) + _GOLDEN * (self.index + 1))
-        return _shifted(_shifted(bits, 32) * count, 32)
 
 
 class Augmentation(ABC):
@@ -98,12 +77,18 @@ class Crop(Augmentation):
             )
         return channels, self.size, self.size
 
+    def corners(self, shape: Shape, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Top and left of each window, int64 [N] each, counted from the corner of the padded image of `shape` (C, H, W)."""
+        _, height, width = shape
+        _, high, wide = self.shape(shape)
+        rows, columns = height + 2 * self.padding - high + 1, width + 2 * self.padding - wide + 1
+        return draw.below(rows, "row"), draw.below(columns, "column")
+
     def train(self, pixels: Tensor, draw: Draw) -> Tensor:
         """Windows in places drawn uniformly."""
-        windows = self._windows(pixels)
-        rows, columns = windows.shape[2:4]
-        image = torch.arange(len(pixels), device=pixels.device)
-        return windows[image, :, draw.below(rows, "row"), draw.below(columns, "column")]
+        _, channels, height, width = pixels.shape
+        top, left = self.corners((channels, height, width), draw)
+        return self._windows(pixels)[torch.arange(len(pixels), device=pixels.device), :, top, left]
 
     def evaluate(self, pixels: Tensor) -> Tensor:
         """The window in the centre."""
@@ -122,9 +107,57 @@ class Crop(Augmentation):
 class Flip(Augmentation):
     """Left and right exchanged, for half of the images."""
 
+    def mirrored(self, draw: Draw) -> Tensor:
+        """Bool [N], which images are mirrored."""
+        return draw.below(2, "flip").bool()
+
     def train(self, pixels: Tensor, draw: Draw) -> Tensor:
         """Each image as it is or mirrored."""
-        return torch.where(draw.below(2, "flip").bool()[:, None, None, None], pixels.flip(3), pixels)
+        column = torch.arange(pixels.shape[3], device=pixels.device)
+        source = torch.where(self.mirrored(draw)[:, None], column.flip(0), column)
+        # One gather moves each pixel once, where choosing between the images and their mirror images moves it three times.
+        return pixels.gather(3, source[:, None, None, :].expand(pixels.shape))
+
+
+@augmentations.register(
+    "cutout", summary="a square in a random place painted over", paper="DeVries, Taylor 2017, https://arxiv.org/abs/1708.04552"
+)
+class Cutout(Augmentation):
+    """A square painted over, whose centre is any pixel of the image: parts of the square may lie outside.
+
+    Arguments:
+        size: pixels of a side of the square.
+        fill: the value that it gets in every channel, 0 to 255.
+
+    Raises:
+        InputError: an option is out of its range.
+    """
+
+    def __init__(self, *, size: int, fill: int = 0) -> None:
+        if size < 1:
+            raise InputError(f"size must be positive (got {size})")
+        if not 0 <= fill <= 255:
+            raise InputError(f"fill must be a value of a pixel, 0 to 255 (got {fill})")
+        self.size = size
+        self.fill = fill
+
+    def corners(self, shape: Shape, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Top and left of each square, int64 [N] each, in images of `shape` (C, H, W); negative where it begins outside."""
+        _, height, width = shape
+        return draw.below(height, "row") - self.size // 2, draw.below(width, "column") - self.size // 2
+
+    def train(self, pixels: Tensor, draw: Draw) -> Tensor:
+        """Images with their square painted over."""
+        _, channels, height, width = pixels.shape
+        inside = [
+            (place >= corner[:, None]) & (place < corner[:, None] + self.size)
+            for corner, place in zip(
+                self.corners((channels, height, width), draw),
+                (torch.arange(height, device=pixels.device), torch.arange(width, device=pixels.device)),
+                strict=True,
+            )
+        ]
+        return pixels.masked_fill(inside[0][:, None, :, None] & inside[1][:, None, None, :], self.fill)
 
 
 class Augment:
@@ -134,14 +167,24 @@ class Augment:
         steps: registered names with their options, one a mapping, such as [{"crop": {"size": 24}}, {"flip": {}}].
         seed: what all random choices depend on, with the epoch and the image.
 
+    Attributes:
+        framing: the first step, where it takes a box out of images of any size; else None.
+        steps: the others, which change images that have one size by now.
+
     Raises:
-        InputError: a step is unknown, or its options are wrong.
+        InputError: a step is unknown, its options are wrong, or it can be the first one only.
     """
 
     def __init__(self, steps: Sequence[Mapping[str, Mapping[str, Any]]] = (), seed: int = 0) -> None:
-        self.steps: list[Augmentation] = [
-            augmentations.get(name).build(**options) for step in steps for name, options in step.items()
-        ]
+        named = [(name, augmentations.get(name).build(**options)) for step in steps for name, options in step.items()]
+        for name, step in named[1:]:
+            if isinstance(step, Framing):
+                raise InputError(
+                    f"{name} takes its box out of the image as it is stored: it must be the first step of data.augment"
+                )
+        built = [step for _, step in named]
+        self.framing: Framing | None = built.pop(0) if built and isinstance(built[0], Framing) else None
+        self.steps: list[Augmentation] = built
         self.seed = seed
 
     def shape(self, shape: Shape) -> Shape:
@@ -150,33 +193,44 @@ class Augment:
         Raises:
             InputError: images of `shape` do not go through them.
         """
-        for step in self.steps:
-            shape = step.shape(shape)
+        for step in (self.framing, *self.steps):
+            shape = step.shape(shape) if step else shape
         return shape
 
-    def train(self, pixels: Tensor, epoch: int, index: Tensor) -> Tensor:
-        """Training images uint8 [N, C, H, W] as they are seen in `epoch`; `index` [N] is their place in the split."""
-        for place, step in enumerate(self.steps):
-            pixels = step.train(pixels, Draw(index, ("augment", self.seed, epoch, place)))
+    def draw(self, step: Augmentation | Framing, epoch: int, index: Tensor) -> Draw:
+        """What `step` draws from in `epoch`; `index` [N] is the place of each image in its split."""
+        place = ([self.framing] if self.framing else []) + self.steps
+        return Draw(index, ("augment", self.seed, epoch, next(i for i, s in enumerate(place) if s is step)))
+
+    def train(self, pixels: Tensor, epoch: int, index: Tensor, *, framed: bool = False) -> Tensor:
+        """Training images as they are seen in `epoch`.
+
+        Arguments:
+            pixels: uint8 [N, C, H, W].
+            epoch: which one.
+            index: int64 [N], the place of each image in its split, on the device of `pixels`.
+            framed: whether `framing` was applied already.
+        """
+        if self.framing and not framed:
+            boxes = self.framing.train(_sizes(pixels), self.draw(self.framing, epoch, index.cpu()))
+            pixels = _framed(pixels, boxes, self.framing.size)
+        for step in self.steps:
+            pixels = step.train(pixels, self.draw(step, epoch, index))
         return pixels
 
-    def evaluate(self, pixels: Tensor) -> Tensor:
-        """Images uint8 [N, C, H, W] as the finished model sees them: nothing in it is random."""
+    def evaluate(self, pixels: Tensor, *, framed: bool = False) -> Tensor:
+        """Images uint8 [N, C, H, W] as the finished model sees them: nothing in it is random. `framed` as in `train`."""
+        if self.framing and not framed:
+            pixels = _framed(pixels, self.framing.evaluate(_sizes(pixels)), self.framing.size)
         for step in self.steps:
             pixels = step.evaluate(pixels)
         return pixels
 
 
-# SplitMix64 (Steele, Lea, Flood 2014) read at any place of its stream. int64 arithmetic wraps alike on every device.
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+def _sizes(pixels: Tensor) -> Tensor:
+    return torch.tensor(pixels.shape[2:]).expand(len(pixels), 2)
 
 
-def _splitmix64(state: Tensor) -> Tensor:
-    state = (state ^ _shifted(state, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    state = (state ^ _shifted(state, 27)) * (0x94D049BB133111EB - 2**64)
-    return state ^ _shifted(state, 31)
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    """The 64 bits moved right, zeros coming in: torch's own shift brings in the sign."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
+def _framed(pixels: Tensor, boxes: Tensor, size: int) -> Tensor:
+    images = zip(pixels.cpu(), boxes.tolist(), strict=True)
+    return torch.stack([frame(image, box, size) for image, box in images]).to(pixels.device)

@@ -1,4 +1,4 @@
-"""Datasets by name, held as uint8 tensors."""
+"""Datasets by name: arrays, held in memory. Those that are folders of files are in `image_folder`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fahooks.data.examples import Images
+from fahooks.data.examples import Files, Images
 from fahooks.data.order import shuffled
 from fahooks.plugins import InputError, datasets
 
 if TYPE_CHECKING:
-    from torchvision.datasets import MNIST
+    from torchvision.datasets import CIFAR10, MNIST
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset in memory.
+    """Labelled images to train and test on: all in memory (`Images`), or on disk and of any sizes (`Files`).
 
     Arguments:
         name: what it is registered as.
@@ -30,13 +30,13 @@ class Dataset:
     """
 
     name: str
-    train: Images
-    test: Images
+    train: Images | Files
+    test: Images | Files
     classes: int
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of an image."""
+        """The shape (C, H, W) of an image that is not augmented."""
         return self.train.shape
 
 
@@ -45,18 +45,20 @@ def default_root() -> str:
     return os.environ.get("FAHOOKS_DATA") or "~/data"
 
 
-def load(name: str, *, root: str | Path, download: bool) -> Dataset:
+def load(name: str, *, root: str | Path, download: bool, **options: Any) -> Dataset:
     """Load a registered dataset.
 
     Arguments:
         name: its registered name.
         root: the folder that holds datasets on disk.
         download: fetch the files where they are missing.
+        options: those of that dataset.
 
     Raises:
-        InputError: the name is unknown, or the files are neither there nor to be had; the message says where they belong.
+        InputError: the name or an option is unknown, or the files are neither there nor to be had; the message says where they
+            belong.
     """
-    return datasets.get(name).build(root=Path(os.path.expanduser(root)), download=download)
+    return datasets.get(name).build(root=Path(os.path.expanduser(root)), download=download, **options)
 
 
 @datasets.register(
@@ -91,12 +93,23 @@ def cifar10(*, root: Path, download: bool) -> Dataset:
     """
     from torchvision.datasets import CIFAR10
 
-    folder = root / CIFAR10.base_folder
-    files = [file for file, _ in (*CIFAR10.train_list, *CIFAR10.test_list)] + [CIFAR10.meta["filename"]]
-    packed = f"or {CIFAR10.filename} into {root} with data.download=true"
-    parts = _from_torchvision("cifar10", CIFAR10, root, folder, files, packed, download)
-    train, test = (Images(torch.from_numpy(part.data).movedim(3, 1).contiguous(), torch.tensor(part.targets)) for part in parts)
-    return Dataset("cifar10", train, test, classes=10)
+    return _like_cifar("cifar10", CIFAR10, root, download, classes=10)
+
+
+@datasets.register("cifar100", summary="60,000 photographs of 100 classes, 32x32", paper="Krizhevsky 2009")
+def cifar100(*, root: Path, download: bool) -> Dataset:
+    """CIFAR-100 through torchvision: 50,000 to train, 10,000 to test, read from ROOT/cifar-100-python.
+
+    Arguments:
+        root: the folder of all datasets.
+        download: fetch the files where they are missing.
+
+    Raises:
+        InputError: the files are neither there nor to be had.
+    """
+    from torchvision.datasets import CIFAR100
+
+    return _like_cifar("cifar100", CIFAR100, root, download, classes=100)
 
 
 @datasets.register("mnist", summary="70,000 handwritten digits, 28x28", paper="LeCun, Bottou, Bengio, Haffner 1998")
@@ -113,6 +126,15 @@ def fashion_mnist(*, root: Path, download: bool) -> Dataset:
     from torchvision.datasets import FashionMNIST
 
     return _like_mnist("fashion_mnist", FashionMNIST, root, download)
+
+
+def _like_cifar(name: str, source: type[CIFAR10], root: Path, download: bool, *, classes: int) -> Dataset:
+    folder = root / source.base_folder
+    files = [file for file, _ in (*source.train_list, *source.test_list)] + [source.meta["filename"]]
+    packed = f"or {source.filename} into {root} with data.download=true"
+    parts = _from_torchvision(name, source, root, folder, files, packed, download)
+    train, test = (Images(torch.from_numpy(part.data).movedim(3, 1).contiguous(), torch.tensor(part.targets)) for part in parts)
+    return Dataset(name, train, test, classes=classes)
 
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

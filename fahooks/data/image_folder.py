@@ -1,20 +1,55 @@
-"""Datasets that are folders of images, FOLDER/CLASS/FILE, decoded once and held in memory."""
+"""Datasets that are folders of images, FOLDER/CLASS/FILE."""
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from fahooks.data.datasets import Dataset
-from fahooks.data.examples import Images
+from fahooks.data.examples import Files
 from fahooks.data.order import shuffled
 from fahooks.plugins import InputError, datasets
 
 IMAGENET = "Russakovsky et al. 2015, https://arxiv.org/abs/1409.0575"
+
+
+@datasets.register("imagefolder", summary="your own images, in a folder for each class: FOLDER/{train,val}/CLASS or FOLDER/CLASS")
+def imagefolder(
+    *,
+    root: Path,
+    download: bool,
+    path: str,
+    size: int = 224,
+    channels: Literal[1, 3] = 3,
+    test: float | None = None,
+    test_seed: int = 0,
+) -> Dataset:
+    """Images of any sizes from ROOT/PATH.
+
+    Arguments:
+        root: the folder of all datasets.
+        download: not read.
+        path: the folder, below `root` or absolute.
+        size: where no augmentation takes a box out of them, images are scaled so that the shorter side has this many pixels, and
+            cropped to their central square.
+        channels: 3 for red, green and blue, 1 for gray.
+        test: None if PATH has the folders train and val (or test), with a folder for each class in both. Else PATH has the
+            classes themselves, and this fraction of its images is the test set.
+        test_seed: which images these are; it is not the seed of a run, so that all runs have the same test set.
+
+    Raises:
+        InputError: the files are not there, or an option is out of its range.
+    """
+    folder = root / Path(path).expanduser()
+    if size < 1:
+        raise InputError(f"size must be positive (got {size})")
+    if test is None:
+        second = "test" if not (folder / "val").is_dir() and (folder / "test").is_dir() else "val"
+        return _two_folders("imagefolder", folder, ("train", second), side=size, channels=channels)
+    files, classes = image_files("imagefolder", folder, side=size, channels=channels)
+    return _divided("imagefolder", files, classes, test, test_seed)
 
 
 @datasets.register(
@@ -30,31 +65,32 @@ def cifar10_jpeg(*, root: Path, download: bool) -> Dataset:
         download: not read: nobody publishes these files.
 
     Raises:
-        InputError: the files are not there, or one can not be read.
+        InputError: the files are not there.
     """
     return _two_folders("cifar10_jpeg", root / "cifar10-jpeg", ("train", "test"), side=32)
 
 
-@datasets.register(
-    "imagenet", summary="ImageNet, 1,000 classes, scaled and cropped to 299x299: needs 700 GB of memory", paper=IMAGENET
-)
+@datasets.register("imagenet", summary="ImageNet, 1,000 classes, scaled and cropped to 299x299 unless augmented", paper=IMAGENET)
 def imagenet(*, root: Path, download: bool) -> Dataset:
     """ImageNet (ILSVRC 2012) from ROOT/imagenet/{train,val}/WNID; the 50,000 images of val are the test set.
 
-    Each image is scaled so that its shorter side has 299 pixels, the size of the paper's networks, and cropped to its centre.
+    Where no augmentation takes a box out of them, images are scaled so that the shorter side has 299 pixels, the size of the
+    paper's networks, and cropped to their centre.
 
     Arguments:
         root: the folder of all datasets.
         download: not read: ImageNet is given out to those who ask for it at https://image-net.org.
 
     Raises:
-        InputError: the files are not there, one can not be read, or memory does not hold the decoded images.
+        InputError: the files are not there.
     """
     return _two_folders("imagenet", root / "imagenet", ("train", "val"), side=299)
 
 
 @datasets.register(
-    "imagenet_sample", summary="a few ImageNet images for trying things out, 299x299, a fifth of them to test", paper=IMAGENET
+    "imagenet_sample",
+    summary="a few ImageNet images for trying things out, a fifth of them to test",
+    paper=IMAGENET,
 )
 def imagenet_sample(*, root: Path, download: bool) -> Dataset:
     """Images from ROOT/imagenet-sample/WNID, as `imagenet` has them; the same fifth of them is always the test set.
@@ -68,25 +104,26 @@ def imagenet_sample(*, root: Path, download: bool) -> Dataset:
     Raises:
         InputError: as `imagenet`.
     """
-    images, classes = read_folder("imagenet_sample", root / "imagenet-sample", side=299)
-    order = shuffled(len(images), "imagenet_sample")
-    test = len(images) // 5
-    return Dataset("imagenet_sample", images[order[test:]], images[order[:test]], classes=len(classes))
+    files, classes = image_files("imagenet_sample", root / "imagenet-sample", side=299)
+    order = shuffled(len(files), "imagenet_sample")
+    test = len(files) // 5
+    return Dataset("imagenet_sample", files[order[test:]], files[order[:test]], classes=len(classes))
 
 
-def read_folder(name: str, folder: Path, *, side: int) -> tuple[Images, list[str]]:
-    """Every image below FOLDER/CLASS, sorted by class and file, decoded to 3 channels of `side` x `side` pixels.
+def image_files(name: str, folder: Path, *, side: int, channels: Literal[1, 3] = 3) -> tuple[Files, list[str]]:
+    """Every image below FOLDER/CLASS, sorted by class and file; none is opened.
 
     Arguments:
         name: what messages call the dataset.
         folder: has a folder for each class.
-        side: images of another size are scaled so that the shorter side has this many pixels, and cropped to their centre.
+        side: as in `Files`.
+        channels: as in `Files`.
 
     Returns:
         The images, and the names of the classes in the order of their labels.
 
     Raises:
-        InputError: the folder is not there, a class has no image, a file can not be decoded, or memory does not hold them all.
+        InputError: the folder is not there, or a class has no image.
     """
     from torchvision.datasets import ImageFolder
 
@@ -97,21 +134,11 @@ def read_folder(name: str, folder: Path, *, side: int) -> tuple[Images, list[str
         raise InputError(
             f"{name} is not at {folder} ({reason}): put images there, in a folder for each class, or set data.root"
         ) from error
-    paths = [path for path, _ in found.samples]
-    _require_memory(name, len(paths), side)
-    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-
-    def read(place: int) -> None:
-        pixels[place] = _decode(name, paths[place], side)
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(read, range(len(paths))):
-            pass
-    return Images(pixels, torch.tensor(found.targets)), found.classes
+    return Files([path for path, _ in found.samples], torch.tensor(found.targets), side, channels), found.classes
 
 
-def _two_folders(name: str, folder: Path, parts: tuple[str, str], side: int) -> Dataset:
-    (train, classes), (test, tested) = (read_folder(name, folder / part, side=side) for part in parts)
+def _two_folders(name: str, folder: Path, parts: tuple[str, str], *, side: int, channels: Literal[1, 3] = 3) -> Dataset:
+    (train, classes), (test, tested) = (image_files(name, folder / part, side=side, channels=channels) for part in parts)
     if classes != tested:
         odd = sorted(set(classes) ^ set(tested))
         raise InputError(
@@ -121,31 +148,10 @@ def _two_folders(name: str, folder: Path, parts: tuple[str, str], side: int) -> 
     return Dataset(name, train, test, classes=len(classes))
 
 
-def _decode(name: str, path: str, side: int) -> Tensor:
-    """An image file as uint8 [3, side, side]."""
-    from PIL import Image, ImageOps
-    from torchvision.transforms import functional
-
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises at damaged files
-        raise InputError(f"{name}: {path} can not be decoded ({' '.join(str(error).split())}): replace or remove it") from error
-    return functional.pil_to_tensor(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR))
-
-
-def _require_memory(name: str, count: int, side: int) -> None:
-    """Raise InputError where the decoded images do not fit."""
-    need = count * 3 * side * side
-    # Twice: a validation set is taken out of the training images by copying.
-    if 2 * need > (have := _memory()):
-        raise InputError(
-            f"{name} has {count:,} images, which take {need / 1e9:,.1f} GB decoded to {side}x{side} and twice that while they "
-            f"are divided, and this machine has {have / 1e9:,.1f} GB of memory: leave fewer images in the folder, or take a "
-            "larger machine"
-        )
-
-
-def _memory() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _divided(name: str, files: Files, classes: list[str], test: float, seed: int) -> Dataset:
+    """All `files`, of which the fraction `test` is the test set."""
+    count = round(test * len(files))
+    if not 0 < count < len(files):
+        raise InputError(f"{name}: test={test} takes {count} of {len(files)} images: set it so that one is left on each side")
+    order = shuffled(len(files), name, seed)
+    return Dataset(name, files[order[count:]], files[order[:count]], classes=len(classes))

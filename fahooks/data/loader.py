@@ -6,17 +6,21 @@ shares of ranks, labels and normalisation are the same for all.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
+import numpy
 import torch
 from torch import Tensor
 
 from fahooks.data.augmentation import Augment
+from fahooks.data.decoding import CorruptFile, CorruptFileWarning
 from fahooks.data.examples import Examples
+from fahooks.data.framing import frame
 from fahooks.data.order import Share, epoch_order, shares
 
 
@@ -78,11 +82,15 @@ class Stream(ABC):
     Arguments:
         examples: what to feed.
         view: how.
+
+    Attributes:
+        framing: what takes a box out of each image, since the recipe says so or since files may have any size; else None.
     """
 
     def __init__(self, examples: Examples, view: View) -> None:
         self.examples = examples
         self.view = view
+        self.framing = view.augment.framing or examples.source.framing
         self.labels = examples.labels.to(view.device)
         self.mean = view.mean.to(view.device).view(-1, 1, 1)
         self.std = torch.where(view.std > 0, view.std, 1.0).to(view.device).view(-1, 1, 1)
@@ -113,8 +121,9 @@ class Stream(ABC):
     def decoded(self, shares: Sequence[Share]) -> Generator[tuple[Share, Tensor]]:
         """What is asked for, in that order: each share with its images as the model sees them but for normalisation.
 
-        `augment` below does all of augmentation where images lie in memory. A share whose corrupt images are skipped comes back
-        with these marked in `valid`.
+        `read`, `framed` and `augment` below do all of it, one after the other; `augment` alone where images have one size. A
+        loader that cuts boxes out while it decodes asks `boxes`. A share whose corrupt images are skipped comes back with these
+        marked in `valid`.
 
         Arguments:
             shares: all that will be asked for, so that work can begin early.
@@ -124,11 +133,62 @@ class Stream(ABC):
             it gives back when it is closed.
         """
 
-    def augment(self, pixels: Tensor, index: Tensor) -> Tensor:
-        """Images uint8 [n, C, H, W] as the view wants them in this epoch, but for normalisation."""
+    def read(self, place: int) -> Tensor | None:
+        """The example at `place`, uint8 [C, H, W] of its own size; None if it can not be decoded and such are skipped.
+
+        Raises:
+            CorruptFile: it can not be decoded, and such are refused.
+        """
+        try:
+            return self.examples.read(place)
+        except CorruptFile as error:
+            if self.view.corrupt == "refuse":
+                raise
+            warnings.warn(f"skipped: {error}", CorruptFileWarning, stacklevel=2)
+            return None
+
+    def boxes(self, sizes: Tensor, index: Tensor, epoch: int) -> Tensor:
+        """Which box of each image is seen, where `framing` takes one.
+
+        Arguments:
+            sizes: int64 [n, 2] on the CPU, height and width of each image.
+            index: int64 [n] on the CPU, their places in the split.
+            epoch: which one; boxes of evaluation do not depend on it.
+
+        Returns:
+            int64 [n, 4]: top, left, height, width.
+        """
+        if self.framing is None:
+            raise ValueError("nothing takes boxes out of these images: see Stream.framing")
+        if self.view.training and self.framing is self.view.augment.framing:
+            return self.framing.train(sizes, self.view.augment.draw(self.framing, epoch, index))
+        return self.framing.evaluate(sizes)
+
+    def framed(self, share: Share, images: Sequence[Tensor | None], epoch: int) -> tuple[Share, Tensor]:
+        """The share, and what `read` gave of it made one size: uint8 [n, C, size, size]; what is None is black and not valid."""
+        if self.framing is None:
+            raise ValueError("nothing takes boxes out of these images: see Stream.framing")
+        size = self.framing.size
+        there = [(1, 1) if image is None else image.shape[1:] for image in images]
+        boxes = self.boxes(torch.tensor(there), share.index, epoch).tolist()
+        # numpy fills and copies in this thread alone, where torch would wake as many for each of the threads that decode.
+        pixels = numpy.zeros((len(images), self.examples.shape[0], size, size), numpy.uint8)
+        for place, (image, box) in enumerate(zip(images, boxes, strict=True)):
+            if image is not None:
+                pixels[place] = frame(image, box, size).numpy()
+        return share.only(torch.tensor([image is not None for image in images])), torch.from_numpy(pixels)
+
+    def augment(self, pixels: Tensor, index: Tensor, *, framed: bool = False) -> Tensor:
+        """Images uint8 [n, C, H, W] as the view wants them in this epoch, but for normalisation.
+
+        Arguments:
+            pixels: images of one size.
+            index: int64 [n], their places in the split.
+            framed: whether `framing` made them one size; if not, that is done here where the recipe asks for it.
+        """
         if self.view.training:
-            return self.view.augment.train(pixels, self.epoch, index.to(pixels.device))
-        return self.view.augment.evaluate(pixels)
+            return self.view.augment.train(pixels, self.epoch, index.to(pixels.device), framed=framed)
+        return self.view.augment.evaluate(pixels, framed=framed)
 
     def close(self) -> None:
         """Give back all that the stream holds. Doing so twice is fine."""
@@ -166,10 +226,14 @@ class Loader(ABC):
         """None if it works here; else a sentence that says why not, with the line that installs what is missing."""
         return None
 
-    def prepare(self, examples: Examples) -> None:
+    def prepare(self, examples: Examples, *, corrupt: Literal["refuse", "skip"] = "refuse") -> None:
         """Write what `open` needs on disk, once for all splits of `examples.source`; by default nothing.
 
         Only rank 0 calls it. What is there and up to date is left alone; what is there is always complete.
+
+        Arguments:
+            examples: a split of what is to be written.
+            corrupt: as in `View`.
 
         Raises:
             InputError: it can not be written, or the examples can not be read.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class Share:
     index: Tensor
     valid: Tensor
     count: int
+
+    def only(self, valid: Tensor) -> Share:
+        """The share with what is not `valid` (bool [n]) marked so."""
+        return replace(self, valid=self.valid & valid)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:

@@ -4,6 +4,7 @@ Whatever is wrong is reported together, each as `file:line: dotted.key: what is 
 """
 
 from fahooks.recipe.checking import left_out as left_out
+from fahooks.recipe.checking import own_options as own_options
 from fahooks.recipe.checking import with_defaults as with_defaults
 from fahooks.recipe.loading import RecipeError as RecipeError
 from fahooks.recipe.loading import Shipped as Shipped

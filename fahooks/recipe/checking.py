@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fahooks import models, plugins
+from fahooks.data import Augment
 from fahooks.plugins import InputError, either, near, worded
 from fahooks.recipe.schema import OpenSection
 from fahooks.recipe.tree import ABSENT, Key, Tree, child_of, shown
@@ -73,12 +75,11 @@ def _fields(tree: Tree, schema: type[BaseModel], section: Key, at: Key) -> list[
 
 def check_names(tree: Tree) -> None:
     """Check registered names and the options beside them."""
-    _check(tree, ("data", "dataset"), plugins.datasets)
-    steps = tree.get(("data", "augment"))
-    for index, step in enumerate(steps if isinstance(steps, list) else []):
-        _check_augmentation(tree, ("data", "augment", index), step)
-    if tree.get(("data", "loader")) != "auto":
-        _check(tree, ("data", "loader"), plugins.loaders)
+    dataset = _check(tree, ("data", "dataset"), plugins.datasets)
+    if dataset is not None:
+        _check_options(tree, ("data", "dataset_options"), own_options(dataset), own=set())
+    _check_augmentations(tree, tree.get(("data", "augment")))
+    _check_loader(tree)
     name = tree.get(("model", "name"))
     if isinstance(name, str) and name in plugins.models:
         _check_options(tree, ("model",), plugins.models.get(name), own={"name"})
@@ -145,10 +146,30 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
 
 
+def _check_loader(tree: Tree) -> None:
+    name, key = tree.get(("data", "loader")), ("data", "loader_options")
+    if name in (None, "auto"):
+        if tree.get(key):
+            tree.problem(key, f"needs data.loader to be one by name, and not auto (got {shown(tree.get(key))})")
+        return
+    loader = _check(tree, ("data", "loader"), plugins.loaders)
+    if loader is not None and _check_options(tree, key, loader, own=set()):
+        _try(tree, key, lambda: loader.build(**(tree.get(key) or {})))
+
+
 def _check_feedback(tree: Tree, key: Key, entry: Any) -> None:
     rule = _check(tree, (*key, "rule"), plugins.rules)
     if rule is not None and _check_options(tree, key, rule, own={"match", "rule"}):
         _try(tree, key, lambda: rule.build(**{k: v for k, v in entry.items() if k not in ("match", "rule")}))
+
+
+def _check_augmentations(tree: Tree, steps: Any) -> None:
+    before = len(tree.problems)
+    for index, step in enumerate(steps if isinstance(steps, list) else []):
+        _check_augmentation(tree, ("data", "augment", index), step)
+    shaped = isinstance(steps, list) and all(isinstance(s, dict) and all(isinstance(o, dict) for o in s.values()) for s in steps)
+    if shaped and len(tree.problems) == before:
+        _try(tree, ("data", "augment"), lambda: Augment(steps))
 
 
 def _check_augmentation(tree: Tree, key: Key, step: Any) -> None:
@@ -184,7 +205,10 @@ def _try(tree: Tree, key: Key, check: Any) -> None:
 
 def _check_options(tree: Tree, section: Key, entry: plugins.Entry, own: set[str]) -> bool:
     """Check names and types of the options in `section` by the signature of what `entry` names; True if all are right."""
-    options = {k: v for k, v in tree.get(section).items() if k not in own}
+    options = tree.get(section) or {}
+    if not isinstance(options, dict):
+        return False
+    options = {k: v for k, v in options.items() if k not in own}
     schema = entry.schema
     try:
         schema.model_validate(options)
@@ -192,3 +216,9 @@ def _check_options(tree: Tree, section: Key, entry: plugins.Entry, own: set[str]
         add_schema_problems(tree, error, schema, section, unknown=f"{entry.kind} {entry.name!r} has no such option")
         return False
     return True
+
+
+def own_options(dataset: plugins.Entry) -> plugins.Entry:
+    """A registered dataset without the options that every dataset has, which are data.root and data.download."""
+    options = {name: default for name, default in dataset.options.items() if name not in ("root", "download")}
+    return replace(dataset, options=options)

@@ -72,21 +72,27 @@ class Data(Section):
         dataset: a registered dataset.
         root: the folder that holds datasets on disk.
         download: fetch missing files.
+        dataset_options: the options of that dataset.
         loader: a registered loader, or "auto".
+        loader_options: the options of that loader.
         batch_size: images a step.
         validation: how many training images choose the best epoch: a number, or a fraction.
         limit: use at most this many training images, validation included.
         augment: registered augmentations with their options, one a mapping, for training images; {crop: {size: 24}} for one.
+        corrupt: "refuse" to go on at an image file that can not be decoded, or "skip" it.
     """
 
     dataset: str
+    dataset_options: dict[str, Any] = {}
     root: str = Field(default_factory=default_root)
     download: bool = True
     loader: str = "auto"
+    loader_options: dict[str, Any] = {}
     batch_size: Count
     validation: Count | Fraction
     limit: Count | None = None
     augment: list[Annotated[dict[str, dict[str, Any]], AfterValidator(_one_step)]] = []
+    corrupt: Literal["refuse", "skip"] = "refuse"
 
     @field_validator("limit")
     @classmethod

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fahooks import data
+from fahooks.data import Dataset
 from fahooks.plugins import InputError, near
 from fahooks.recipe import Recipe, RecipeError, find, load, shipped_names
 from fahooks.recipe.comparison import differences
@@ -20,7 +20,7 @@ from fahooks.report import table1
 from fahooks.training.commands import final_line
 from fahooks.training.loop import Diverged, train
 from fahooks.training.run_directory import BARELY_BEGUN, RunDirectory, held
-from fahooks.training.setup import Setup, prepare, resolve
+from fahooks.training.setup import Setup, load_dataset, prepare, resolve
 
 OUT = Path("runs/table1")
 
@@ -217,13 +217,15 @@ def _wanted(name: str, seed: int, overrides: Sequence[str], out: Path) -> Wanted
 
 def _check_data(wanted: Sequence[Wanted]) -> None:
     """Refuse data that are not at hand, and run directories that other recipes made, dataset by dataset."""
-    by_data: dict[tuple[str, str, bool], list[Wanted]] = {}
+    by_data: dict[str, list[Wanted]] = {}
     for run in wanted:
-        by_data.setdefault((run.recipe.data.dataset, run.recipe.data.root, run.recipe.data.download), []).append(run)
+        wanted_data = run.recipe.data
+        key = (wanted_data.dataset, wanted_data.dataset_options, wanted_data.root, wanted_data.download)
+        by_data.setdefault(repr(key), []).append(run)
     problems: list[str] = []
-    for (name, root, download), runs in by_data.items():
+    for runs in by_data.values():
         try:
-            dataset = data.load(name, root=root, download=download)
+            dataset = load_dataset(runs[0].recipe)
         except InputError as error:
             columns = ", ".join(dict.fromkeys(run.recipe.name.rpartition("/")[0] for run in runs))
             problems.append(f"{error}; or choose other --columns than {columns}")
@@ -234,7 +236,7 @@ def _check_data(wanted: Sequence[Wanted]) -> None:
         raise InputError("\n".join(problems))
 
 
-def _check_directories(run: Wanted, dataset: data.Dataset) -> None:
+def _check_directories(run: Wanted, dataset: Dataset) -> None:
     """Refuse what lies in the place of `run`, and in that of another seed of its cell, if another recipe made it.
 
     The seeds of a cell are averaged, so they must have everything else in common.
@@ -260,7 +262,11 @@ def _made_from(path: Path) -> Recipe:
 
 
 def _check_same(path: Path, made_from: Recipe, asked: Recipe) -> None:
-    found = differences(made_from.model_dump(mode="json"), asked.model_dump(mode="json"), apart_from=("checkpoint", "data.root"))
+    found = differences(
+        made_from.model_dump(mode="json"),
+        asked.model_dump(mode="json"),
+        apart_from=("checkpoint", "data.root", "data.loader", "data.loader_options"),
+    )
     if found:
         said = ", ".join(f"{key} ({there} there, {here} asked)" for key, (there, here) in found.items())
         raise InputError(f"{str(path)!r} holds a run of another recipe: {said}; name another --out")

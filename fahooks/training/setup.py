@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fahooks import models
-from fahooks.data import Augment, Batch, Dataset, Loader, Split, Stream, View, load, split
+from fahooks.data import Augment, Batch, Dataset, Loader, Split, Stream, View, choose_loader, load, split
 from fahooks.hooks import Attachment, attach
 from fahooks.observation import as_found
-from fahooks.plugins import InputError, augmentations, hooks, loaders, rules
+from fahooks.plugins import Entry, InputError, augmentations, datasets, hooks, loaders, rules
 from fahooks.plugins import models as registered
-from fahooks.recipe import Recipe, left_out, with_defaults
+from fahooks.recipe import Recipe, left_out, own_options, with_defaults
 from fahooks.rules import targets
 from fahooks.surgery import Report, convert, feedback_rules
 from fahooks.training.average import Average
@@ -95,8 +95,6 @@ def prepare(recipe: Recipe) -> Setup:
     Raises:
         InputError: the data is not to be had, or model, rules, hooks, data and device do not fit together.
     """
-    choices = {"data.loader": "memory: auto always takes it, as every dataset is held in memory"}
-    choices = choices if recipe.data.loader == "auto" else {}
     device = _device(recipe.train.device)
     if recipe.train.accumulate > recipe.data.batch_size:
         what = f"train.accumulate={recipe.train.accumulate} can not divide a batch of {recipe.data.batch_size} images"
@@ -104,7 +102,12 @@ def prepare(recipe: Recipe) -> Setup:
     _set_precision(recipe.train.precision, device)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    dataset = load(recipe.data.dataset, root=recipe.data.root, download=recipe.data.download)
+    dataset = load_dataset(recipe)
+    choices = {}
+    if recipe.data.loader == "auto":
+        loader, reason = choose_for(recipe, dataset)
+        choices["data.loader"] = f"{loader}: {reason}"
+        recipe = _with_data(recipe, loader=loader)
     recipe = resolve(recipe, dataset)
     parts = split(dataset, validation=recipe.data.validation, limit=recipe.data.limit, seed=recipe.seed)
     train, validation, test = _streams(recipe, parts, device)
@@ -143,27 +146,58 @@ def prepare(recipe: Recipe) -> Setup:
     )
 
 
+def load_dataset(recipe: Recipe) -> Dataset:
+    """What `recipe` trains on.
+
+    Raises:
+        InputError: the files are neither there nor to be had.
+    """
+    data = recipe.data
+    return load(data.dataset, root=data.root, download=data.download, **data.dataset_options)
+
+
+def choose_for(recipe: Recipe, dataset: Dataset) -> tuple[str, str]:
+    """The loader that suits `recipe` on this machine, and why."""
+    gpu = recipe.train.device != "cpu" and torch.cuda.is_available()
+    augment = Augment(recipe.data.augment)
+    return choose_loader(dataset, augment, limit=recipe.data.limit, device="cuda" if gpu else "cpu")
+
+
 def resolve(recipe: Recipe, dataset: Dataset) -> Recipe:
     """The recipe with nothing left to choose, so that it is the same run anywhere.
 
-    `loader: auto` is the memory loader, data.root is absolute, and the options of augmentations, rules, hooks and model are
-    written out with their defaults, those of the model as they fit the images of `dataset`.
+    `loader: auto` is the one that `choose_for` names, data.root is absolute, and the options of dataset, loader, augmentations,
+    rules, hooks and model are written out with their defaults, those of the model as they fit the images of `dataset`.
 
     Raises:
         InputError: the images of `dataset` do not go through the augmentations.
     """
-    loader = "memory" if recipe.data.loader == "auto" else recipe.data.loader
+    loader = choose_for(recipe, dataset)[0] if recipe.data.loader == "auto" else recipe.data.loader
     root = os.path.abspath(Path(recipe.data.root).expanduser())
     augment = [
-        {name: {**options, **left_out(options, augmentations.get(name))} for name, options in step.items()}
-        for step in recipe.data.augment
+        {name: _written_out(options, augmentations.get(name)) for name, options in step.items()} for step in recipe.data.augment
     ]
-    data = recipe.data.model_copy(update={"loader": loader, "root": root, "augment": augment})
+    recipe = _with_data(
+        recipe,
+        dataset_options=_written_out(recipe.data.dataset_options, own_options(datasets.get(recipe.data.dataset))),
+        loader=loader,
+        loader_options=_written_out(recipe.data.loader_options, loaders.get(loader)),
+        root=root,
+        augment=augment,
+    )
     fitting = models.options_for_images(recipe.model.name, seen_shape(recipe, dataset), dataset.classes)
     model = with_defaults(recipe.model, registered.get(recipe.model.name) if recipe.model.name in registered else None, fitting)
     feedback = [with_defaults(entry, rules.get(entry.rule)) for entry in recipe.feedback]
     attached = [with_defaults(entry, hooks.get(entry.name)) for entry in recipe.hooks]
-    return recipe.model_copy(update={"data": data, "model": model, "feedback": feedback, "hooks": attached})
+    return recipe.model_copy(update={"model": model, "feedback": feedback, "hooks": attached})
+
+
+def _with_data(recipe: Recipe, **values: Any) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=values)})
+
+
+def _written_out(options: dict[str, Any], entry: Entry) -> dict[str, Any]:
+    return {**options, **left_out(options, entry)}
 
 
 def _attach(recipe: Recipe, model: nn.Module, optimizer: Optimizer, total_steps: int) -> Attachment | None:
@@ -233,8 +267,11 @@ def _set_precision(precision: str, device: torch.device) -> None:
 
 def _streams(recipe: Recipe, parts: Split, device: torch.device) -> tuple[Stream, Stream, Stream]:
     """Streams of the three sets; all are normalised by the statistics of the images that are trained on."""
-    loader: Loader = loaders.get(recipe.data.loader).build()
-    mean, std = parts.train.statistics()
+    entry = loaders.get(recipe.data.loader)
+    if missing := entry.target.available():
+        raise InputError(f"data.loader={recipe.data.loader} does not work here: {missing}")
+    loader: Loader = entry.build(**recipe.data.loader_options)
+    mean, std = parts.train.statistics(recipe.data.corrupt)
     augment = Augment(recipe.data.augment, seed=recipe.seed)
     # Large images do not fit into memory by the hundreds; a batch that can be trained on can be evaluated.
     small = math.prod(augment.shape(parts.train.shape)) <= SMALL_IMAGE
@@ -247,10 +284,11 @@ def _streams(recipe: Recipe, parts: Split, device: torch.device) -> tuple[Stream
         device=device,
         channels_last=recipe.train.channels_last,
         augment=augment,
+        corrupt=recipe.data.corrupt,
     )
     evaluation = replace(training, training=False, batch_size=EVALUATION_BATCH if small else recipe.data.batch_size)
     views = ((parts.train, training), (parts.validation, evaluation), (parts.test, evaluation))
     for examples, _ in views:
-        loader.prepare(examples)
+        loader.prepare(examples, corrupt=recipe.data.corrupt)
     train, validation, test = (loader.open(examples, view) for examples, view in views)
     return train, validation, test

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fahooks.data.augmentation import Augment, Augmentation, Draw
+from fahooks.data import Augment, Augmentation, Draw
+from fahooks.data.augmentation import Crop, Cutout, Flip
 from fahooks.plugins import InputError, UnknownName, augmentations
 
 INDEX = torch.arange(4000)
@@ -17,46 +18,6 @@ FLIP = {"flip": {}}
 def images(count: int = 8, height: int = 6, width: int = 7) -> Tensor:
     """No two pixels of an image are alike, and none is black."""
     return (torch.arange(count * 2 * height * width) % 251 + 1).byte().view(count, 2, height, width)
-
-
-def drawn(count: int, *key: str | int, index: Tensor = INDEX) -> Tensor:
-    return Draw(index, ("test",)).below(count, *key)
-
-
-# Numbers.
-
-
-def test_splitmix64_is_that_of_its_authors():
-    """The first outputs of the reference implementation in C (https://prng.di.unimi.it/splitmix64.c) for state 1234567."""
-    from fahooks.data import augmentation
-
-    states = torch.tensor([1234567]) + augmentation._GOLDEN * torch.arange(1, 4)
-    outputs = [value % 2**64 for value in augmentation._splitmix64(states).tolist()]
-    assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-
-
-@pytest.mark.parametrize("count", [2, 3, 9, 1000])
-def test_numbers_are_uniform(count: int):
-    found = torch.bincount(drawn(count) // max(1, count // 10))
-    expected = torch.bincount(torch.arange(count) // max(1, count // 10)) * len(INDEX) / count
-    # Pearson's chi-squared has mean k - 1 and variance 2 (k - 1).
-    freedom = len(found) - 1
-    assert ((found - expected) ** 2 / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
-    assert drawn(count).min() >= 0 and drawn(count).max() < count
-
-
-def test_numbers_of_different_keys_and_of_neighbours_are_independent():
-    first, second = drawn(1000, "row").double(), drawn(1000, "column").double()
-    pairs = [(first, second), (first[1:], first[:-1]), (first, Draw(INDEX, ("test", 1)).below(1000, "row").double())]
-    for one, other in pairs:
-        assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 5 / len(INDEX) ** 0.5
-    assert torch.equal(first, drawn(1000, "row").double()), "control: equal keys give equal numbers"
-
-
-@given(st.integers(1, 2**31), st.lists(st.integers(0, 2**40), min_size=1, max_size=5))
-def test_numbers_are_in_range_for_any_index(count: int, index: list[int]):
-    numbers = drawn(count, index=torch.tensor(index))
-    assert (numbers >= 0).all() and (numbers < count).all()
 
 
 # Steps.
@@ -107,6 +68,57 @@ def test_images_are_evaluated_without_chance_and_in_their_centre():
     assert torch.equal(Augment([{"crop": {"size": 4, "padding": 2}}]).evaluate(pixels), pixels[:, :, 1:5, 1:5])
     assert torch.equal(Augment([FLIP]).evaluate(pixels), pixels)
     assert Augment([CROP, FLIP]).shape((2, 6, 7)) == (2, 5, 5) == Augment([CROP, FLIP]).evaluate(pixels).shape[1:]
+
+
+def test_cutout_paints_one_square_over():
+    pixels = images(200)
+    painted = Augment([{"cutout": {"size": 3, "fill": 0}}]).train(pixels, 0, torch.arange(200))
+    assert painted.dtype == torch.uint8
+    sizes: set[tuple[int, int]] = set()
+    for before, after in zip(pixels, painted, strict=True):
+        rows, columns = ((after == 0).all(0).any(along).nonzero().flatten() for along in (1, 0))
+        top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
+        expected = before.clone()
+        expected[:, top:bottom, left:right] = 0
+        assert torch.equal(after, expected), "a full rectangle, and nothing outside"
+        sizes.add((int(bottom - top), int(right - left)))
+    assert sizes == {(h, w) for h in (2, 3) for w in (2, 3)}, "whole inside, and cut where the centre lies at the edge"
+
+
+def test_every_pixel_is_the_centre_of_a_cutout_equally_often():
+    pixels = torch.full((4000, 1, 6, 7), 9, dtype=torch.uint8)
+    painted = Augment([{"cutout": {"size": 1, "fill": 255}}]).train(pixels, 0, INDEX)
+    counts = (painted == 255).sum((0, 1))
+    assert counts.sum() == 4000 and ((counts - 4000 / 42).abs() < 5 * (4000 / 42) ** 0.5).all()
+    assert torch.equal(Augment([{"cutout": {"size": 1}}]).evaluate(pixels), pixels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"size": 0}, "size must be positive .got 0."), ({"size": 2, "fill": 256}, "0 to 255 .got 256.")]
+)
+def test_a_cutout_that_makes_no_sense_is_refused(options: dict[str, int], message: str):
+    with pytest.raises(InputError, match=message):
+        Augment([{"cutout": options}])
+
+
+def test_what_steps_draw_can_be_asked_for_alone():
+    """A loader that crops, mirrors and paints while it decodes gets the numbers that the steps use."""
+    pixels, index = images(50), torch.arange(50)
+    augment = Augment([{"crop": {"padding": 2}}, FLIP, {"cutout": {"size": 3}}], seed=8)
+    expected = augment.train(pixels, 4, index)
+    crop, flip, cutout = augment.steps
+    assert isinstance(crop, Crop) and isinstance(flip, Flip) and isinstance(cutout, Cutout)
+    shape = (2, 6, 7)
+    top, left = crop.corners(shape, augment.draw(crop, 4, index))
+    mirrored = flip.mirrored(augment.draw(flip, 4, index))
+    row, column = cutout.corners(shape, augment.draw(cutout, 4, index))
+    for n in range(50):
+        image = torch.zeros(2, 10, 11, dtype=torch.uint8)
+        image[:, 2:8, 2:9] = pixels[n]
+        image = image[:, top[n] : top[n] + 6, left[n] : left[n] + 7]
+        image = image.flip(2) if mirrored[n] else image.clone()
+        image[:, max(0, row[n]) : row[n] + 3, max(0, column[n]) : column[n] + 3] = 0
+        assert torch.equal(image, expected[n])
 
 
 # The whole.

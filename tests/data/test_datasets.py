@@ -10,8 +10,13 @@ import numpy
 import pytest
 import torch
 
-from fahooks.data import datasets
+from fahooks.data import Files, Images, datasets
 from fahooks.plugins import InputError, UnknownName
+
+
+def pixels(source: Images | Files) -> torch.Tensor:
+    assert isinstance(source, Images)
+    return source.pixels
 
 
 def write_idx(path: Path, array: torch.Tensor) -> None:
@@ -34,8 +39,8 @@ def test_digits_are_real_images_that_need_no_file(tmp_path: Path):
     digits = datasets.load("digits", root=tmp_path / "absent", download=False)
     assert digits.shape == (1, 8, 8)
     assert (len(digits.train), len(digits.test), digits.classes) == (1437, 360, 10)
-    assert digits.train.pixels.dtype == torch.uint8
-    assert (digits.train.pixels.min(), digits.train.pixels.max()) == (0, 255)
+    assert pixels(digits.train).dtype == torch.uint8
+    assert (pixels(digits.train).min(), pixels(digits.train).max()) == (0, 255)
     assert set(digits.train.labels.tolist()) == set(digits.test.labels.tolist()) == set(range(10))
 
 
@@ -43,8 +48,8 @@ def test_digits_are_split_once_and_for_all():
     from sklearn.datasets import load_digits
 
     first, second = (datasets.load("digits", root="x", download=False) for _ in range(2))
-    assert torch.equal(first.test.pixels, second.test.pixels)
-    every = torch.cat([first.train.pixels, first.test.pixels]).flatten(1)
+    assert torch.equal(pixels(first.test), pixels(second.test))
+    every = torch.cat([pixels(first.train), pixels(first.test)]).flatten(1)
     images, _ = load_digits(return_X_y=True)
     expected = torch.from_numpy(images).mul(255 / 16).round().byte()
     assert sorted(map(tuple, every.tolist())) == sorted(map(tuple, expected.tolist()))
@@ -55,7 +60,7 @@ def test_mnist_on_disk_is_read_without_a_download(small_mnist: Path):
     assert mnist.shape == (1, 28, 28)
     assert (len(mnist.train), len(mnist.test)) == (6, 4)
     assert mnist.train.labels.tolist() == [0, 1, 2, 3, 4, 5]
-    assert mnist.train.pixels.flatten()[:300].tolist() == [i % 256 for i in range(300)]
+    assert pixels(mnist.train).flatten()[:300].tolist() == [i % 256 for i in range(300)]
 
 
 class _Dtype:
@@ -89,8 +94,8 @@ def small_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     for number, (file, _) in enumerate([*CIFAR10.train_list, *CIFAR10.test_list]):
         count = 3 if file == "test_batch" else 2
-        pixels = (torch.arange(count * 3072) % 251).byte().view(count, 3072)
-        (folder / file).write_bytes(pickle.dumps({"data": _Array(pixels), "labels": [number, *range(1, count)]}, protocol=2))
+        row = (torch.arange(count * 3072) % 251).byte().view(count, 3072)
+        (folder / file).write_bytes(pickle.dumps({"data": _Array(row), "labels": [number, *range(1, count)]}, protocol=2))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}, protocol=2))
     # torchvision unpickles nothing but the files whose sums it knows.
     monkeypatch.setattr(CIFAR10, "train_list", sums(CIFAR10.train_list))
@@ -105,8 +110,27 @@ def test_cifar10_on_disk_is_read_without_a_download(small_cifar10: Path):
     assert cifar10.train.labels.tolist() == [0, 1, 1, 1, 2, 1, 3, 1, 4, 1]
     assert cifar10.train.labels.dtype == torch.int64
     # A row of the file is an image: 1,024 red values, then green, then blue, each row by row.
-    assert cifar10.train.pixels[0].flatten().tolist() == [i % 251 for i in range(3072)]
-    assert cifar10.train.pixels.is_contiguous() and cifar10.train.pixels.dtype == torch.uint8
+    assert pixels(cifar10.train)[0].flatten().tolist() == [i % 251 for i in range(3072)]
+    assert pixels(cifar10.train).is_contiguous() and pixels(cifar10.train).dtype == torch.uint8
+
+
+def test_cifar100_on_disk_is_read_with_its_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from torchvision.datasets import CIFAR100
+
+    folder = tmp_path / CIFAR100.base_folder
+    folder.mkdir()
+    for file, count in (("train", 4), ("test", 2)):
+        row = (torch.arange(count * 3072) % 251).byte().view(count, 3072)
+        labels = {"fine_labels": [99, *range(1, count)], "coarse_labels": [0] * count}
+        (folder / file).write_bytes(pickle.dumps({"data": _Array(row), **labels}, protocol=2))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(n) for n in range(100)]}, protocol=2))
+    sums = {file: hashlib.md5((folder / file).read_bytes()).hexdigest() for file in ("train", "test", "meta")}
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
+    cifar100 = datasets.load("cifar100", root=tmp_path, download=False)
+    assert (cifar100.shape, len(cifar100.train), len(cifar100.test), cifar100.classes) == ((3, 32, 32), 4, 2, 100)
+    assert cifar100.train.labels.tolist() == [99, 1, 2, 3]
 
 
 def test_damaged_cifar10_is_not_unpickled(small_cifar10: Path):
@@ -122,6 +146,7 @@ def test_damaged_cifar10_is_not_unpickled(small_cifar10: Path):
         ("mnist", "MNIST/raw/train-images-idx3-ubyte"),
         ("fashion_mnist", "FashionMNIST/raw/train-images-idx3-ubyte"),
         ("cifar10", "cifar-10-batches-py/data_batch_1"),
+        ("cifar100", "cifar-100-python/train"),
     ],
 )
 def test_missing_files_are_an_error_that_says_where_they_belong(name: str, file: str, tmp_path: Path):
@@ -133,7 +158,9 @@ def test_missing_files_are_an_error_that_says_where_they_belong(name: str, file:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST/raw"), ("cifar10", "cifar-10-batches-py")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST/raw"), ("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")]
+)
 def test_a_failed_download_is_an_error_that_says_where_the_files_belong(
     name: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -142,6 +169,7 @@ def test_a_failed_download_is_an_error_that_says_where_the_files_belong(
     # An address that nothing listens on, so that the real download fails at once, with or without a network.
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")
     with pytest.raises(InputError, match="could not be downloaded") as caught:
         datasets.load(name, root=tmp_path, download=True)
     assert str(tmp_path / folder) in str(caught.value)
@@ -176,7 +204,7 @@ def test_the_default_root_follows_the_environment(monkeypatch: pytest.MonkeyPatc
 def test_real_mnist(data_root: Path):
     mnist = datasets.load("mnist", root=data_root, download=False)
     assert (len(mnist.train), len(mnist.test), mnist.shape, mnist.classes) == (60_000, 10_000, (1, 28, 28), 10)
-    mean, std = mnist.train.statistics()
+    mean, std = Images(pixels(mnist.train), mnist.train.labels).statistics()
     # The constants that every MNIST tutorial normalises by.
     torch.testing.assert_close(mean / 255, torch.tensor([0.1307]), atol=1e-4, rtol=0)
     torch.testing.assert_close(std / 255, torch.tensor([0.3081]), atol=1e-4, rtol=0)

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from PIL import Image
 
-from fahooks.data import datasets, image_folder
-from fahooks.data.image_folder import read_folder
+from fahooks.data import Files, datasets
+from fahooks.data.decoding import CorruptFile
+from fahooks.data.image_folder import image_files
 from fahooks.plugins import InputError
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -17,6 +17,12 @@ RED, GREEN = (255, 0, 0), (0, 255, 0)
 def write(path: Path, colour: tuple[int, ...] | int = RED, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)
+
+
+def colours(source: object) -> list[list[int]]:
+    """The mean of each channel of each image, in steps of 20."""
+    assert isinstance(source, Files)
+    return [source.read(place).float().mean((1, 2)).div(20).round().int().tolist() for place in range(len(source))]
 
 
 @pytest.fixture
@@ -29,59 +35,25 @@ def jpegs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_of_jpegs_is_read(jpegs: Path):
+def test_a_folder_of_jpegs_is_listed_and_read_on_demand(jpegs: Path):
     found = datasets.load("cifar10_jpeg", root=jpegs, download=False)
     assert (found.shape, found.classes, len(found.train), len(found.test)) == ((3, 32, 32), 2, 4, 2)
     assert found.train.labels.tolist() == [0, 0, 1, 1]
-    assert found.train.pixels.dtype == torch.uint8
     # Red and green, but for what JPEG loses.
-    assert (found.train.pixels[:, 0].float().mean((1, 2)) > 250).tolist() == [True, True, False, False]
-    assert (found.train.pixels[:, 1].float().mean((1, 2)) > 250).tolist() == [False, False, True, True]
+    assert colours(found.train) == [[13, 0, 0], [13, 0, 0], [0, 13, 0], [0, 13, 0]]
+    (jpegs / "cifar10-jpeg" / "train" / "b" / "1.jpg").write_bytes(b"damaged")
+    with pytest.raises(CorruptFile):
+        datasets.load("cifar10_jpeg", root=jpegs, download=False).train.read(3)
 
 
-def test_lossless_images_keep_every_pixel(tmp_path: Path):
-    pixels = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    (tmp_path / "only").mkdir()
-    Image.fromarray(pixels.movedim(0, 2).numpy()).save(tmp_path / "only" / "x.png")
-    images, classes = read_folder("x", tmp_path, side=8)
-    assert torch.equal(images.pixels, pixels.unsqueeze(0)) and classes == ["only"]
-
-
-@pytest.mark.parametrize(("width", "height"), [(40, 20), (20, 40), (23, 20)])
-def test_images_are_scaled_to_the_shorter_side_and_cropped_to_the_centre(tmp_path: Path, width: int, height: int):
-    ramp = numpy.zeros((height, width, 3), numpy.uint8)
-    ramp[..., 0] = numpy.arange(width) * 6
-    ramp[..., 1] = numpy.arange(height)[:, None] * 6
-    (tmp_path / "only").mkdir()
-    Image.fromarray(ramp).save(tmp_path / "only" / "x.png")
-    pixels = read_folder("x", tmp_path, side=10)[0].pixels[0].float()
-    assert pixels.shape == (3, 10, 10)
-    for channel, length, along in ((0, width, 1), (1, height, 0)):
-        pixel = 6 * min(width, height) / 10
-        assert abs(pixels[channel].mean() - (length - 1) / 2 * 6) < pixel, "the centre of the image is the centre of the crop"
-        steps = pixels[channel].diff(dim=along)[1:-1, 1:-1]
-        assert abs(steps.mean() - pixel) < 1
-
-
-@pytest.mark.parametrize(("mode", "colour"), [("L", 77), ("RGBA", (9, 8, 7, 255)), ("P", 3)])
-def test_every_image_gets_three_channels(tmp_path: Path, mode: str, colour: tuple[int, ...] | int):
-    write(tmp_path / "only" / "x.png", colour, (4, 4), mode)
-    assert read_folder("x", tmp_path, side=4)[0].pixels.shape == (1, 3, 4, 4)
-
-
-def test_cmyk_jpegs_of_imagenet_are_read(tmp_path: Path):
-    write(tmp_path / "only" / "x.jpeg", (0, 255, 255, 0), (4, 4), "CMYK")
-    red, green, blue = read_folder("x", tmp_path, side=4)[0].pixels[0].float().mean((1, 2)).tolist()
-    assert red > 200 and green < 50 and blue < 50
-
-
-def test_imagenet_reads_train_and_val(tmp_path: Path):
+def test_imagenet_has_train_and_val(tmp_path: Path):
     for part, count in (("train", 2), ("val", 1)):
         for label in ("n01440764", "n01443537"):
             for number in range(count):
                 write(tmp_path / "imagenet" / part / label / f"{number}.JPEG", size=(30, 20))
     found = datasets.load("imagenet", root=tmp_path, download=True)
     assert (found.shape, found.classes, len(found.train), len(found.test)) == ((3, 299, 299), 2, 4, 2)
+    assert found.train.read(0).shape == (3, 20, 30)
 
 
 def test_the_sample_is_divided_once_and_for_all(tmp_path: Path):
@@ -91,7 +63,51 @@ def test_the_sample_is_divided_once_and_for_all(tmp_path: Path):
     assert (len(first.train), len(first.test), first.classes) == (8, 2, 10)
     assert torch.equal(first.test.labels, again.test.labels)
     assert sorted([*first.train.labels.tolist(), *first.test.labels.tolist()]) == list(range(10))
-    assert first.train.pixels.float().mean((1, 2, 3)).div(20).round().tolist() == first.train.labels.tolist()
+    assert [red for red, _, _ in colours(first.train)] == first.train.labels.tolist()
+
+
+@pytest.mark.parametrize("second", ["val", "test"])
+def test_a_folder_of_your_own_has_train_and_val_or_test(tmp_path: Path, second: str):
+    for part, count in (("train", 3), (second, 1)):
+        for number in range(count):
+            write(tmp_path / "mine" / part / "a" / f"{number}.png", number * 40, mode="L")
+    found = datasets.load("imagefolder", root=tmp_path, download=False, path="mine", size=16, channels=1)
+    assert (found.shape, found.classes, len(found.train), len(found.test)) == ((1, 16, 16), 1, 3, 1)
+    assert colours(found.train) == [[0], [2], [4]]
+    assert datasets.load("imagefolder", root="elsewhere", download=False, path=str(tmp_path / "mine")).shape == (3, 224, 224)
+
+
+def test_a_single_folder_is_divided_by_a_seed_of_its_own(tmp_path: Path):
+    for label in ("a", "b"):
+        for number in range(10):
+            write(tmp_path / label / f"{number}.png", (number * 20, 0, 0))
+    first, again, other = (
+        datasets.load("imagefolder", root=tmp_path, download=False, path=".", test=0.25, test_seed=seed) for seed in (0, 0, 1)
+    )
+    assert isinstance(first.train, Files) and isinstance(first.test, Files) and isinstance(again.test, Files)
+    assert (len(first.train), len(first.test), first.classes) == (15, 5, 2)
+    assert first.test.paths == again.test.paths != (other.test.paths if isinstance(other.test, Files) else None)
+    assert len({*first.train.paths, *first.test.paths}) == 20
+    for files in (first.train, first.test):
+        assert [Path(path).parent.name for path in files.paths] == ["ab"[label] for label in files.labels.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "dataset 'imagefolder' needs path"),
+        ({"path": "x", "size": 0}, "size must be positive .got 0."),
+        ({"path": "x", "test": 0.01}, "test=0.01 takes 0 of 2 images"),
+        ({"path": "x", "test": 1.0}, "test=1.0 takes 2 of 2 images"),
+        ({"path": "x"}, "imagefolder is not at .*x/train"),
+        ({"path": "x", "sice": 3}, "has no option 'sice' - did you mean 'size'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(tmp_path: Path, options: dict[str, object], message: str):
+    write(tmp_path / "x" / "a" / "0.png")
+    write(tmp_path / "x" / "b" / "0.png")
+    with pytest.raises(InputError, match=message):
+        datasets.load("imagefolder", root=tmp_path, download=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -115,33 +131,9 @@ def test_folders_of_different_classes_are_refused(jpegs: Path):
         datasets.load("cifar10_jpeg", root=jpegs, download=False)
 
 
-@pytest.mark.parametrize("keep", [0, 20, 400])
-def test_a_damaged_file_is_named_and_never_black(jpegs: Path, keep: int):
-    damaged = jpegs / "cifar10-jpeg" / "train" / "b" / "1.jpg"
-    damaged.write_bytes(damaged.read_bytes()[:keep])
-    with pytest.raises(InputError, match=f"{damaged} can not be decoded .*: replace or remove it") as caught:
-        datasets.load("cifar10_jpeg", root=jpegs, download=False)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_memory_does_not_hold_is_refused_before_it_is_decoded(jpegs: Path, monkeypatch: pytest.MonkeyPatch):
-    # A machine whose memory holds four images once, but not twice.
-    monkeypatch.setattr(image_folder, "_memory", lambda: 6 * 3 * 32 * 32)
-    (jpegs / "cifar10-jpeg" / "train" / "b" / "1.jpg").write_bytes(b"damaged, which nobody gets to see")
-    with pytest.raises(
-        InputError, match="cifar10_jpeg has 4 images, which take 0.0 GB decoded to 32x32 and twice that"
-    ) as caught:
-        datasets.load("cifar10_jpeg", root=jpegs, download=False)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_complete_imagenet_does_not_fit_into_small_machines(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(image_folder, "_memory", lambda: 256 * 10**9)
-    with pytest.raises(InputError, match=r"1,281,167 images, which take 343.6 GB decoded to 299x299 .* has 256.0 GB"):
-        image_folder._require_memory("imagenet", 1_281_167, 299)
-    monkeypatch.setattr(image_folder, "_memory", lambda: 700 * 10**9)
-    image_folder._require_memory("imagenet", 1_281_167, 299)
-
-
-def test_the_memory_of_this_machine_is_known():
-    assert 2**28 < image_folder._memory() < 2**50
+def test_classes_are_numbered_in_the_order_of_their_names(tmp_path: Path):
+    for label in ("b", "a", "C"):
+        write(tmp_path / label / "0.png")
+    files, classes = image_files("x", tmp_path, side=8)
+    assert classes == ["C", "a", "b"] and files.labels.tolist() == [0, 1, 2]
+    assert (files.side, files.channels) == (8, 3)

@@ -23,7 +23,7 @@ class Noted(Stream):
         self.notes.append(f"asked for {len(shares)}")
         try:
             for share in shares:
-                yield share, self.augment(self.examples.source.pixels[share.index], share.index)
+                yield share, self.augment(IMAGES.pixels[share.index], share.index)
         finally:
             self.notes.append("closed")
 

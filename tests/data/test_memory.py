@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from fahooks.data import Augment, Batch, Examples, Images, MemoryLoader, Stream, View, epoch_order
+from fahooks.data import Augment, Batch, Examples, Files, Images, MemoryLoader, Stream, View, epoch_order, memory
+from fahooks.data.decoding import CorruptFile, CorruptFileWarning
+from fahooks.data.framing import frame
 from fahooks.plugins import InputError
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -113,3 +117,69 @@ def test_a_device_without_room_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: full() if self.dtype == torch.uint8 else labels)
     with pytest.raises(InputError, match="23 images take 0.0 GiB, which cpu does not have free: use fewer with data.limit"):
         MemoryLoader().open(examples, view)
+
+
+# Files.
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    """Nine images of as many sizes."""
+    generator = torch.Generator().manual_seed(0)
+    paths = [str(tmp_path / f"{number}.png") for number in range(9)]
+    for number, path in enumerate(paths):
+        pixels = torch.randint(0, 256, (20 + number, 30 - number, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(path)
+    return Files(paths, torch.arange(9), side=8)
+
+
+def seen(files: Files, **options: Any) -> Batch:
+    view = View(**{"batch_size": 4, "training": False, "mean": torch.zeros(3), "std": torch.ones(3), **options})
+    return joined(MemoryLoader().open(Examples("x", files, torch.arange(len(files))), view))
+
+
+def test_files_are_scaled_and_cropped_to_the_centre_where_nothing_else_is_asked(files: Files):
+    expected = [frame(image := files.read(n), ((image.shape[1] - s) // 2, (image.shape[2] - s) // 2, s, s), 8)
+                for n in range(9) for s in [min(files.read(n).shape[1:])]]  # fmt: skip
+    for training in (False, True):
+        everything = seen(files, training=training)
+        assert torch.equal(everything.images[everything.index.argsort()], torch.stack(expected).float())
+
+
+def test_boxes_are_cut_out_of_whole_images(files: Files):
+    augment = Augment([{"random_resized_crop": {"size": 6}}, {"flip": {}}], seed=3)
+    everything = seen(files, training=True, augment=augment)
+    assert augment.framing is not None
+    sizes = torch.tensor([files.read(n).shape[1:] for n in everything.index.tolist()])
+    boxes = augment.framing.train(sizes, augment.draw(augment.framing, 0, everything.index)).tolist()
+    cut = torch.stack([frame(files.read(n), box, 6) for n, box in zip(everything.index.tolist(), boxes, strict=True)])
+    assert torch.equal(everything.images, augment.train(cut, 0, everything.index, framed=True).float())
+    central = augment.framing.evaluate(sizes[everything.index.argsort()]).tolist()
+    evaluated = torch.stack([frame(files.read(n), box, 6) for n, box in enumerate(central)])
+    assert torch.equal(seen(files, augment=augment).images, evaluated.float())
+
+
+@pytest.mark.parametrize("steps", [[], [{"random_resized_crop": {"size": 6}}]])
+def test_a_corrupt_file_is_refused_or_skipped(files: Files, steps: list[Any]):
+    whole = seen(files, augment=Augment(steps))
+    Path(files.paths[4]).write_bytes(Path(files.paths[4]).read_bytes()[:300])
+    for training in (True, False):
+        with pytest.raises(CorruptFile, match=f"{files.paths[4]} can not be decoded"):
+            seen(files, training=training, augment=Augment(steps))
+        with pytest.warns(CorruptFileWarning, match=f"skipped: {files.paths[4]}"):
+            rest = seen(files, training=training, augment=Augment(steps), corrupt="skip")
+        order = rest.index.argsort()
+        assert rest.valid[order].tolist() == [place != 4 for place in range(9)] and rest.count == 9
+        assert not rest.images[order][4].any()
+    assert torch.equal(rest.images[rest.valid], whole.images[rest.valid])
+
+
+def test_what_memory_does_not_hold_is_refused_before_it_is_decoded(files: Files, monkeypatch: pytest.MonkeyPatch):
+    Path(files.paths[0]).write_bytes(b"damaged, which nobody gets to see")
+    monkeypatch.setattr(memory, "free_bytes", lambda: 9 * 3 * 8 * 8 - 1)
+    with pytest.raises(InputError, match="x has 9 images, which take 0.0 GB decoded.*data.loader=ffcv or torchvision") as caught:
+        seen(files)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 9 * 3 * 8 * 8)
+    with pytest.raises(CorruptFile):
+        seen(files)

@@ -1,0 +1,40 @@
+"""Image files, decoded to uint8 tensors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fahooks.plugins import InputError
+
+
+class CorruptFile(InputError):
+    """A file that is not there, or is no image that can be decoded as a whole."""
+
+
+class CorruptFileWarning(UserWarning):
+    """A file that can not be decoded was skipped."""
+
+
+def decode(path: str, channels: Literal[1, 3] = 3) -> Tensor:
+    """The image in a file, uint8 [channels, H, W], of its own size. Threads may decode side by side.
+
+    Raises:
+        CorruptFile: the file can not be read, is damaged, or ends too early.
+    """
+    import numpy
+    from PIL import Image
+
+    mode = "RGB" if channels == 3 else "L"
+    try:
+        with Image.open(path) as file:
+            pixels = numpy.array(file if file.mode == mode else file.convert(mode))
+    # What Pillow raises at damaged files, and at files that would fill the memory.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise CorruptFile(
+            f"{path} can not be decoded ({reason}): replace or remove it, or leave such files out with data.corrupt=skip"
+        ) from error
+    return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
