@@ -172,9 +172,12 @@ def test_strict_normalization_does_not_overflow_in_half_precision() -> None:
     assert weight.norm().isinf(), "control: the norm fits"
 
 
-@pytest.mark.parametrize("scale", [0, -1, float("inf"), "1"])
-def test_a_scale_that_is_not_positive_is_refused(scale: Any) -> None:
-    with pytest.raises(InputError, match=f"scale must be a positive number, got {scale!r}"):
+@pytest.mark.parametrize(
+    ("scale", "problem"),
+    [*((scale, f"a positive number, got {scale!r}") for scale in (0, -1, float("inf"))), ("1", "a number .got '1'")],
+)
+def test_a_scale_that_is_not_positive_is_refused(scale: Any, problem: str) -> None:
+    with pytest.raises(InputError, match=f"scale must be {problem}"):
         fahooks.convert(nn.Linear(2, 2), "usf", scale=scale)
 
 
