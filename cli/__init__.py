@@ -76,6 +76,11 @@ class LazyGroup(click.Group):
             _print_plugin_warnings()
             try:
                 return super().invoke(ctx)
+            except click.exceptions.NoArgsIsHelpError:
+                raise
+            except click.UsageError as error:
+                command = error.ctx.command_path if error.ctx else ctx.command_path
+                raise Refusal(f"{error.format_message().rstrip('.')}; `{command} --help` lists what it takes") from error
             except InputError as error:
                 raise Refusal(str(error)) from error
             except Failed as error:

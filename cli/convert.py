@@ -125,7 +125,10 @@ def _arguments(settings: dict[str, Any]) -> dict[str, Any]:
             plugins.rules.get(rule).build(**options)
         chosen: dict[Any, Any] = {"rule": rule, **options}
     elif options:
-        raise InputError("--option needs one --rule for all layers: it does not say which of the rules by PATTERN it is for")
+        raise InputError(
+            "--option needs one --rule for all layers: it does not say which of the rules by PATTERN it is for; a recipe does, "
+            "and fahooks.convert(model, {pattern: {'rule': name, option: value}})"
+        )
     else:
         chosen = rule
     return {

@@ -174,7 +174,8 @@ def _check_rules(model: nn.Module, inputs: Sequence[Any], idle: frozenset[str]) 
     reasons = {None: "the backward pass never asks for its B", False: "another B sends the same gradient below"}
     problems = [Problem(name or "model", reasons[effective.get(name)]) for name in rules if not effective.get(name)]
     extent = (
-        f"changing B changes the gradients below each of {len(rules)} converted {_plural('layer', len(rules))}"
+        f"a drawn matrix in place of the rule's changes the gradients below each of {len(rules)} converted "
+        f"{_plural('layer', len(rules))}"
         if rules
         else "no layer has a rule"
     )

@@ -238,7 +238,8 @@ def test_hooks_and_their_options_are_checked():
         "9: hooks.0.name: no hook is named 'freeze_sign' - did you mean 'freeze_signs'?; `fahooks ls hooks` lists all",
         "10: hooks.1.stength: hook 'alignment' has no such option (got 2) - did you mean 'strength'?",
         "11: hooks.2.strength: must be a number (got 'much')",
-        "12: hooks.3: after must be a number of steps (0, 1, 2 ...) or a fraction of training between 0 and 1, got 1.5",
+        "12: hooks.3: after must be a number of steps, a whole one (after=0 is the start), or a fraction of "
+        "training above 0 and below 1, got 1.5",
         "13: hooks.4.name: is missing",
         "14: hooks.5.match: must be a string or a list (got 4)",
     ])  # fmt: skip

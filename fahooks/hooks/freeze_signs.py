@@ -34,7 +34,8 @@ class FreezeSigns(Hook):
         steps = isinstance(after, int) and not isinstance(after, bool) and after >= 0
         if not steps and not (isinstance(after, float) and 0 < after < 1):
             raise InputError(
-                f"after must be a number of steps (0, 1, 2 ...) or a fraction of training between 0 and 1, got {after!r}"
+                "after must be a number of steps, a whole one (after=0 is the start), or a fraction of training above 0 and "
+                f"below 1, got {after!r}"
             )
         check_margin(margin)
         self.after = after

@@ -39,7 +39,7 @@ def build(spec: str, /, **options: Any) -> nn.Module:
         given = ", ".join(f"{k}={v!r}" for k, v in options.items()) or "no options"
         raise InputError(f"model {spec!r} could not be built with {given}: {type(error).__name__}: {_one_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise InputError(f"{spec!r} returned a {type(model).__name__}, not a torch.nn.Module")
+        raise InputError(f"{spec!r} did not return a torch.nn.Module, but an object of type {type(model).__name__}")
     return model
 
 
@@ -176,6 +176,8 @@ def _factory(spec: str) -> Callable[..., Any]:
             raise
         raise InputError(f"importing {path!r} failed: {type(error).__name__}: {_one_line(error)}") from error
     target = getattr(module, name, None)
+    if target is not None and not callable(target):
+        raise InputError(f"{name!r} in {path!r} is no function that makes a model, but an object of type {type(target).__name__}")
     if not callable(target):
         offered = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise InputError(f"{path!r} has no function {name!r}{near(name, offered)}")

@@ -54,7 +54,8 @@ class FromOutput(RandomDirectRule):
         path = (
             "a block gets the error that is sent to its output and no other, also where a residual path passes it by"
             if self.at
-            else "a residual path around a layer carries the errors sent to later layers down to its input, beside its own"
+            else "where the network has residual paths, a residual path around a layer carries the errors sent to later layers "
+            "down to its input, beside its own"
         )
         return f"{path}; B is drawn, and takes memory, in the first backward pass" if self.grows else path
 

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
-from fahooks.plugins import InputError, near
+from fahooks.plugins import InputError
 from fahooks.rules.base import DirectRule, Layout, check_model
 from fahooks.rules.direct_matrix import Units
 
@@ -323,13 +323,14 @@ def chosen(output: Any, option: int | str | None, rule: str) -> tuple[Tensor, Ca
     if option is None:
         found = [key for key, part in parts.items() if isinstance(part, Tensor) and part.is_floating_point()]
         if len(found) != 1:
-            names = ", ".join(map(repr, found)) or "none"
-            raise InputError(f"{rule}: the model returns several tensors, or none ({names}): choose one with the option output=")
+            raise InputError(
+                f"{rule}: the model returns several tensors, or none ({_available(parts)}): choose one with the option output="
+            )
         option = found[0]
     if option in getattr(output, "_fields", ()):
         option = output._fields.index(option)
     if not isinstance(parts.get(option), Tensor):
-        raise InputError(f"{rule}: the model's output has no tensor output={option!r}{near(str(option), map(str, parts))}")
+        raise InputError(f"{rule}: the model's output has no tensor output={option!r}; there are {_available(parts)}")
     return parts[option], lambda tensor: _with_part(output, option, tensor)
 
 
@@ -341,6 +342,11 @@ def _parts(output: Any) -> Mapping[Any, Any]:
     if isinstance(output, Mapping):
         return output
     return vars(output) if hasattr(output, "__dict__") else {}
+
+
+def _available(parts: Mapping[Any, Any]) -> str:
+    """What the option output= may be."""
+    return ", ".join(repr(key) for key, part in parts.items() if isinstance(part, Tensor) and part.is_floating_point()) or "none"
 
 
 def _with_part(output: Any, key: Any, tensor: Tensor) -> Any:

@@ -81,9 +81,20 @@ class Report:
     @property
     def total(self) -> str:
         """The last line of the table."""
+        blocks = [layer for layer in self.layers if layer.reason is None and not layer.weight_shape]
+        inside = sum(layer.reason == BETWEEN_BLOCKS for layer in self.layers)
+        if blocks:
+            layers = len(self.converted) - len(blocks)
+            noun = "block" if len(blocks) == 1 else "blocks"
+            parts = [f"{len(blocks)} {noun} converted, {inside} layers in and between them by backpropagation"]
+            parts += [f"{layers} more {'layer' if layers == 1 else 'layers'} converted"] if layers else []
+            return ", ".join([*parts, f"{len(self.skipped) - inside} skipped, {self._memory} bytes added"])
         layers = "layer" if len(self.converted) == 1 else "layers"
-        memory = f"{self.memory_bytes:,}{'+' if any(layer.grows for layer in self.layers) else ''}"
-        return f"{len(self.converted)} {layers} converted, {len(self.skipped)} skipped, {memory} bytes added"
+        return f"{len(self.converted)} {layers} converted, {len(self.skipped)} skipped, {self._memory} bytes added"
+
+    @property
+    def _memory(self) -> str:
+        return f"{self.memory_bytes:,}{'+' if any(layer.grows for layer in self.layers) else ''}"
 
     def as_dict(self) -> dict[str, Any]:
         """The report in types that json can write."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fahooks.plugins import InputError, datasets
+from fahooks.plugins import InputError, datasets, rules
 from fahooks.recipe import Recipe, find
 from fahooks.training.checkpoint import check_same
 from fahooks.training.failures import recorded
@@ -103,8 +103,8 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
     """
     for override in overrides:
         if override.partition("=")[0].split(".")[0] in ("feedback", "name"):
-            rules = ", ".join(QUICKSTART_RULES)
-            raise InputError(f"quickstart compares {rules} and sets feedback and name itself (got --set {override})")
+            names = ", ".join(QUICKSTART_RULES)
+            raise InputError(f"quickstart compares {names} and sets feedback and name itself (got --set {override})")
     source = find("quickstart")
     recipes = {rule: load_fitting(source, (*overrides, *_quickstart_overrides(rule))) for rule in QUICKSTART_RULES}
     prepare(recipes[QUICKSTART_RULES[0]])  # finds what is wrong with the data before a folder is made
@@ -116,6 +116,7 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
         changed = (*overrides, *_quickstart_overrides(rule))
         run = RunDirectory.create(setup.recipe, source, out=folder / rule, overrides=changed, choices=setup.choices)
         with run.alone():
+            Console().print(f"{rule}: {rules.get(rule).summary}", highlight=False, markup=False, soft_wrap=True)
             train(setup, run)
     return folder
 

@@ -81,6 +81,9 @@ def test_quickstart_prints_a_table_and_saves_a_figure(run):
     assert rows == ["bp", "fa", "usf_sn"]
     assert "angle conv1" in done.output and "0.0°" in done.output
     assert Path("runs/quickstart-1/quickstart.png").stat().st_size > 10_000
+    assert [line.partition(":")[0] for line in done.output.splitlines() if line.startswith(("bp:", "fa:", "usf_sn:"))] == [
+        *("bp", "fa", "usf_sn")
+    ]
     assert done.output.splitlines()[-1] == "figure runs/quickstart-1/quickstart.png, runs in runs/quickstart-1"
 
 

@@ -106,7 +106,9 @@ def test_only_weights_on_the_wrong_side_are_changed(drawn: list[tuple[float, flo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"after": -1}, "after must be a number of steps .* or a fraction of training between 0 and 1, got -1"),
+        ({"after": -1}, "after must be a number of steps, .*, or a fraction of training above 0 and below 1, got -1"),
+        ({"after": 0.0}, r"after=0 is the start.*, or a fraction of training above 0 and below 1, got 0\.0"),
+        ({"after": 1.0}, r"after must be .* a fraction of training above 0 and below 1, got 1\.0"),
         ({"after": 1.0}, "got 1.0"),
         ({"after": 0.0}, "got 0.0"),
         ({"after": True}, "got True"),

@@ -94,7 +94,7 @@ def test_a_factory_in_a_file_builds_a_model(factory: Path):
 def test_what_is_wrong_with_a_factory_is_said(factory: Path, tmp_path: Path):
     with pytest.raises(InputError, match="no function 'smal' - did you mean 'small'"):
         models.build(f"{factory}:smal")
-    with pytest.raises(InputError, match="returned a int, not a torch.nn.Module"):
+    with pytest.raises(InputError, match="did not return a torch.nn.Module, but an object of type int"):
         models.build(f"{factory}:nothing")
     with pytest.raises(InputError, match="there is no file"):
         models.build(f"{tmp_path}/absent.py:small")

@@ -822,6 +822,10 @@ def test_a_residual_path_passes_nothing_into_a_block_and_something_around_a_laye
     by_layer = fahooks.convert(through_layers, "dfa")
     assert "a block gets the error that is sent to its output and no other, also where a residual path" in str(by_block)
     assert "a residual path around a layer carries the errors sent to later layers down to its input" in str(by_layer)
+    assert by_block.total.startswith(
+        f"{len(by_block.converted)} blocks converted, {len(by_block.left_out)} layers in and between them by "
+    )
+    assert by_layer.total.startswith(f"{len(by_layer.converted)} layers converted, 0 skipped")
     assert by_block.notes and by_layer.notes and by_block.notes != by_layer.notes
     assert by_block.skipped == dict.fromkeys(
         ["stem", *(f"{block}.{name}" for block in BLOCKS for name in ("fc1", "fc2")), "head"],
