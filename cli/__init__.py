@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": ("fahooks.cli.bench", "Measure what a rule costs."),
     "convert": ("fahooks.cli.convert", "Convert MODEL, with random weights, to feedback alignment and verify it."),
     "cp": ("fahooks.cli.cp", "Copy a shipped recipe to a new file, to edit it."),
+    "data": ("fahooks.cli.data", "Write what the loader of a recipe reads, and compare how fast loaders are."),
     "doctor": ("fahooks.cli.doctor", "Say what this machine has for training, what is missing, and what installs it."),
     "ls": ("fahooks.cli.ls", "List what has a name, with its options and their defaults."),
     "quickstart": ("fahooks.cli.train", "Train bp, fa and usf_sn on real digits, on a CPU in about a minute, and compare them."),

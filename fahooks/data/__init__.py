@@ -9,6 +9,7 @@ from fahooks.data.draw import Draw as Draw
 from fahooks.data.examples import Examples as Examples
 from fahooks.data.examples import Files as Files
 from fahooks.data.examples import Images as Images
+from fahooks.data.ffcv.loader import FfcvLoader as FfcvLoader
 from fahooks.data.framing import Framing as Framing
 from fahooks.data.image_folder import image_files as image_files
 from fahooks.data.loader import Batch as Batch

@@ -219,7 +219,10 @@ class Stream(ABC):
 
 
 class Loader(ABC):
-    """Where streams come from. Options are arguments of `__init__`; registered in `fahooks.plugins.loaders`."""
+    """Where streams come from. Options are arguments of `__init__`; registered in `fahooks.plugins.loaders`.
+
+    An option `folder`, where a recipe does not set it, is the folder of the loader's name in data.root.
+    """
 
     @classmethod
     def available(cls) -> str | None:

@@ -78,7 +78,7 @@ class TorchvisionLoader(Loader):
     def __init__(self, *, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
             raise InputError(f"workers must be positive (got {workers})")
-        self.workers = workers or _own_cores()
+        self.workers = workers or own_cores()
 
     def open(self, examples: Examples, view: View) -> ThreadedStream:
         """A stream over `examples`."""
@@ -96,7 +96,7 @@ def _in_order(work: Iterator[Future[tuple[Share, Tensor]]], ahead: int) -> Itera
         yield waiting.popleft().result()
 
 
-def _own_cores() -> int:
+def own_cores() -> int:
     """Cores of this process: those that it may use, shared between the processes that torchrun started beside it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

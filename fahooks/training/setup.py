@@ -265,12 +265,24 @@ def _set_precision(precision: str, device: torch.device) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
-def _streams(recipe: Recipe, parts: Split, device: torch.device) -> tuple[Stream, Stream, Stream]:
-    """Streams of the three sets; all are normalised by the statistics of the images that are trained on."""
+def build_loader(recipe: Recipe) -> Loader:
+    """The loader that `recipe` names; what it writes goes into a folder of its name in data.root, unless an option says where.
+
+    Raises:
+        InputError: it does not work here.
+    """
     entry = loaders.get(recipe.data.loader)
     if missing := entry.target.available():
-        raise InputError(f"data.loader={recipe.data.loader} does not work here: {missing}")
-    loader: Loader = entry.build(**recipe.data.loader_options)
+        raise InputError(f"data.loader={entry.name} does not work here: {missing}")
+    options = dict(recipe.data.loader_options)
+    if "folder" in entry.options and options.get("folder") is None:
+        options["folder"] = str(Path(recipe.data.root).expanduser() / entry.name)
+    return entry.build(**options)
+
+
+def _streams(recipe: Recipe, parts: Split, device: torch.device) -> tuple[Stream, Stream, Stream]:
+    """Streams of the three sets; all are normalised by the statistics of the images that are trained on."""
+    loader = build_loader(recipe)
     mean, std = parts.train.statistics(recipe.data.corrupt)
     augment = Augment(recipe.data.augment, seed=recipe.seed)
     # Large images do not fit into memory by the hundreds; a batch that can be trained on can be evaluated.

@@ -1,0 +1,62 @@
+"""FFCV's compiled library: whether it is here, and its JPEG decoder.
+
+It is loaded without importing `ffcv`, which compiles for seconds and changes the number of torch's threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import numpy
+
+SYSTEM_LIBRARIES = "sudo apt-get install libopencv-dev libturbojpeg0-dev pkg-config"
+PACKAGE = "pip install 'fahooks[ffcv]'"
+
+
+def missing() -> str | None:
+    """None where FFCV works; else a sentence that says why not, with the line that installs what is missing."""
+    for name in ("ffcv", "numba"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            return f"the package {name} is not installed: {SYSTEM_LIBRARIES} && {PACKAGE}"
+    try:
+        load()
+    except OSError as error:
+        return f"FFCV's library does not load ({error}): {SYSTEM_LIBRARIES} && {PACKAGE}"
+    return None
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """FFCV's compiled library.
+
+    Raises:
+        OSError: it is not there, or a library of the system that it needs is not.
+    """
+    spec = importlib.util.find_spec("ffcv")
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    found = [file for folder in folders for file in sorted(folder.glob("_libffcv*"))]
+    if not found:
+        raise OSError(f"there is no _libffcv in {', '.join(map(str, folders)) or 'any package ffcv'}")
+    library = ctypes.CDLL(str(found[0]))
+    size = ctypes.c_uint32
+    library.imdecode.argtypes = [ctypes.c_void_p, ctypes.c_uint64, size, size, ctypes.c_void_p, *[size] * 6, *[ctypes.c_bool] * 2]
+    library.imdecode.restype = ctypes.c_int
+    return library
+
+
+def decode_jpeg(data: numpy.ndarray, height: int, width: int) -> numpy.ndarray | None:
+    """The image in a JPEG file, uint8 [height, width, 3]; None if it is damaged in any way.
+
+    Arguments:
+        data: the bytes of the file, uint8.
+        height: of the image.
+        width: of the image.
+    """
+    pixels = numpy.empty((height, width, 3), numpy.uint8)
+    source, target = data.ctypes.data, pixels.ctypes.data
+    failed = load().imdecode(source, data.size, height, width, target, height, width, 0, 0, 1, 1, False, False)
+    return None if failed else pixels
