@@ -207,7 +207,7 @@ class Stream(ABC):
 
     def _batch(self, share: Share, pixels: Tensor) -> Batch:
         device = self.labels.device
-        images = (pixels.to(device, non_blocking=True).float() - self.mean) / self.std
+        images = pixels.to(device, non_blocking=True).float().sub_(self.mean).div_(self.std)  # in place: float() made a copy
         memory_format = torch.channels_last if self.view.channels_last else torch.contiguous_format
         return Batch(
             images=images.contiguous(memory_format=memory_format),

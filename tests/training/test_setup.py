@@ -276,7 +276,7 @@ def test_a_loader_that_does_not_work_here_is_an_error_with_the_way_out(tiny: Tin
     [
         (["data.dataset_options={sise: 3}"], "data.dataset_options.sise: dataset 'digits' has no such option"),
         (["data.dataset=imagefolder"], "data.dataset_options.path: is missing"),
-        (["data.dataset=imagefolder", "data.dataset_options={path: 3}"], "data.dataset_options.path: must be a valid string"),
+        (["data.dataset=imagefolder", "data.dataset_options={path: 3}"], "data.dataset_options.path: must be a string"),
         (["data.dataset=imagefolder", "data.dataset_options={path: x, download: true}"], "has no such option"),
         (["data.loader_options={workers: 3}"], "data.loader_options: needs data.loader to be one by name, and not auto"),
         (["data.loader=torchvision", "data.loader_options={workers: 0}"], "workers must be positive .got 0."),
