@@ -12,7 +12,7 @@ from fahooks.plugins import Failed, InputError, PluginWarning, near
 
 # Name -> module and first line of the help, which `fahooks --help` prints without importing the command.
 COMMANDS = {
-    "bench": ("fahooks.cli.bench", "Measure what a rule costs."),
+    "bench": ("fahooks.cli.bench", "Measure what a rule, or the training loop, costs."),
     "convert": ("fahooks.cli.convert", "Convert MODEL, with random weights, to feedback alignment and verify it."),
     "cp": ("fahooks.cli.cp", "Copy a shipped recipe to a new file, to edit it."),
     "data": ("fahooks.cli.data", "Write what the loader of a recipe reads, and compare how fast loaders are."),

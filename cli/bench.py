@@ -1,4 +1,4 @@
-"""`fahooks bench`: what a rule costs, in time and memory."""
+"""`fahooks bench`: what a rule costs, in time and memory, and what the training loop does."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import click
 from fahooks import plugins
 from fahooks.plugins import InputError
 
+from .train import SETTINGS
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def bench() -> None:
-    """Measure what a rule costs."""
+    """Measure what a rule, or the training loop, costs."""
 
 
 @bench.command()
@@ -86,6 +88,32 @@ def step(
         file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
+@bench.command()
+@click.argument("recipe")
+@SETTINGS
+@click.option("--rounds", default=10, show_default=True, type=click.IntRange(2), help="Epochs of each that are timed.")
+def loop(recipe: str, overrides: tuple[str, ...], rounds: int) -> None:
+    """Compare the loop of `fahooks train` with a minimal one written by hand: images a second on RECIPE, in turns.
+
+    A ratio is the speed of a loop over that of the minimal one in the same round: medians over rounds with quartiles. `minimal
+    loop again` is a second copy: no ratio says more than its own.
+    """
+    import torch
+
+    from fahooks.recipe import load
+    from fahooks.training import loop_benchmark
+
+    speeds = loop_benchmark.compare(load(recipe, overrides), rounds=rounds)
+    clocks = list(speeds[0].ratios)
+    header = ["loop", *(column for clock in clocks for column in (f"images/s, {clock}", "of the minimal loop's"))]
+    rows = [
+        [speed.name, *(text for clock in clocks for text in (f"{speed.images[clock]:,.0f}", str(speed.ratios[clock])))]
+        for speed in speeds
+    ]
+    threads = torch.get_num_threads()
+    click.echo(f"{recipe}, {rounds} rounds, {_where('cpu', threads)}, torch {torch.__version__}\n{_aligned([header, *rows])}")
+
+
 def _maker(
     name: str, side: int | None, classes: int, seed: int, device: str, channels_last: bool
 ) -> tuple[tuple[int, int, int], Callable[[], nn.Module]]:
@@ -123,9 +151,12 @@ def _table(timings: list[Timing]) -> str:
         ]
         for timing in timings
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
-    return "\n".join(lines)
+    return _aligned([header, *rows])
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _size(count: int) -> str:
