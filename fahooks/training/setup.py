@@ -123,6 +123,7 @@ def prepare(recipe: Recipe) -> Setup:
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.precision)
     autocast = torch.autocast(device.type, precision, enabled=precision is not None)
     _try(model, recipe.model.name, next(iter(train)), dataset.classes, autocast)
+    _try_smallest_pass(model, recipe, train, autocast)
     optimizer = make_optimizer(model, recipe.optim)
     average = None
     if plain is not None and recipe.train.ema is not None:
@@ -245,6 +246,30 @@ def _try(model: nn.Module, name: str, batch: Batch, classes: int, autocast: torc
             f"model {name!r} must give logits of shape {(images, classes)} for {images} images of shape {shape} (CxHxW), "
             f"and gave {given}: name another, or set its options"
         )
+
+
+def _try_smallest_pass(model: nn.Module, recipe: Recipe, train: Stream, autocast: torch.autocast) -> None:
+    """Train on one image where a pass has no more, which batch norm can not do; the model stays as it was.
+
+    Raises:
+        InputError: it can not be done.
+    """
+    size, world = recipe.data.batch_size, train.view.world
+    batches = {min(size, train.images), train.images % size or size}
+    shares = {count // world // max(1, min(recipe.train.accumulate, count // world)) for count in batches}
+    if min(shares) > 1:
+        return
+    batch = next(iter(train))
+    try:
+        with as_found(model), autocast, targets(model, batch.labels[:1]):
+            model.train()(batch.images[:1])
+    except ValueError as error:
+        what = (
+            f"{train.images:,} images in batches of {size} leave a pass with a single one, on which the model can not be trained"
+        )
+        raise InputError(
+            f"{what} ({' '.join(str(error).split())}): choose another data.batch_size, data.limit or data.validation"
+        ) from error
 
 
 def _device(name: str) -> torch.device:

@@ -41,3 +41,12 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str):
     done = bench(*arguments)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_bench_loop_compares_the_loop_with_a_minimal_one():
+    settings = ["--set=data.limit=200", "--set=train.device=cpu"]
+    done = CliRunner().invoke(main, ["bench", "loop", "quickstart", "--rounds", "2", *settings])
+    assert done.exit_code == 0, done.output
+    about, header, *rows = done.stdout.splitlines()
+    assert about.startswith("quickstart, 2 rounds, ") and header.startswith("loop  ")
+    assert [row[:18].strip() for row in rows] == ["minimal loop", "minimal loop again", "fahooks train"]

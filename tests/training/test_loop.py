@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import yaml
@@ -228,6 +229,18 @@ def test_the_reported_test_error_is_that_of_the_saved_weights(run: Run, tiny: Ti
     with torch.no_grad():
         wrong = sum(int((plain(b.images).argmax(1) != b.labels).sum()) for b in setup.test)
     assert result.test_error == pytest.approx(100 * wrong / 360)
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "timm/convnext_atto"])
+def test_the_best_weights_load_into_the_plain_timm_model(name: str, run: Run):
+    directory, _ = run(
+        "a", f"model={{name: {name}}}", "train.epochs=1", "data.limit=100", "data.batch_size=20", "probes.every=null"
+    )
+    plain = timm.create_model(name.removeprefix("timm/"), num_classes=10, in_chans=1)
+    plain.load_state_dict(load_file(directory.best), strict=True)
+    trained = torch.load(next(directory.checkpoints.iterdir()), weights_only=True)["parts"]["model"]
+    assert all(torch.equal(value, trained[key]) for key, value in plain.state_dict().items())
+    assert len(trained) > len(plain.state_dict()), "control: the trained model had feedback matrices"
 
 
 def test_it_learns(run: Run):

@@ -289,3 +289,12 @@ def test_a_loader_that_does_not_work_here_is_an_error_with_the_way_out(tiny: Tin
 def test_options_of_datasets_and_loaders_are_checked(tiny: Tiny, overrides: list[str], problem: str):
     with pytest.raises(InputError, match=problem):
         prepare(tiny(*overrides))
+
+
+def test_a_last_batch_of_one_image_is_refused_where_batch_norm_can_not_learn_from_it(tiny: Tiny):
+    lonely = ("data.limit=221", "data.batch_size=32", "data.validation=60")  # 161 images: five batches of 32, and one of 1
+    with pytest.raises(InputError, match="161 images in batches of 32 leave a pass with a single one"):
+        prepare(tiny("model={name: timm/resnet18}", *lonely))
+    assert prepare(tiny(*lonely)).train.images == 161, "control: a model without batch norm can"
+    setup = prepare(tiny("model={name: timm/resnet18}", "data.limit=222"))
+    assert all(int(value) == 0 for key, value in setup.model.state_dict().items() if key.endswith("num_batches_tracked"))
