@@ -231,12 +231,9 @@ def test_the_reported_test_error_is_that_of_the_saved_weights(run: Run, tiny: Ti
     assert result.test_error == pytest.approx(100 * wrong / 360)
 
 
-@pytest.mark.parametrize("name", ["timm/resnet18", "timm/convnext_atto"])
-def test_the_best_weights_load_into_the_plain_timm_model(name: str, run: Run):
-    directory, _ = run(
-        "a", f"model={{name: {name}}}", "train.epochs=1", "data.limit=100", "data.batch_size=20", "probes.every=null"
-    )
-    plain = timm.create_model(name.removeprefix("timm/"), num_classes=10, in_chans=1)
+def test_the_best_weights_load_into_the_plain_timm_model(run: Run):
+    directory, _ = run("a", "model={name: timm/resnet18}", "train.epochs=1", "data.limit=124", "probes.every=null")
+    plain = timm.create_model("resnet18", num_classes=10, in_chans=1)
     plain.load_state_dict(load_file(directory.best), strict=True)
     trained = torch.load(next(directory.checkpoints.iterdir()), weights_only=True)["parts"]["model"]
     assert all(torch.equal(value, trained[key]) for key, value in plain.state_dict().items())
