@@ -17,6 +17,7 @@ COMMANDS = {
     "cp": ("fahooks.cli.cp", "Copy a shipped recipe to a new file, to edit it."),
     "data": ("fahooks.cli.data", "Write what the loader of a recipe reads, and compare how fast loaders are."),
     "doctor": ("fahooks.cli.doctor", "Say what this machine has for training, what is missing, and what installs it."),
+    "eval": ("fahooks.cli.eval", "Print the validation and test error of a run."),
     "ls": ("fahooks.cli.ls", "List what has a name, with its options and their defaults."),
     "quickstart": ("fahooks.cli.train", "Train bp, fa and usf_sn on real digits, on a CPU in about a minute, and compare them."),
     "reproduce": ("fahooks.cli.reproduce", "Train what is missing of the paper's Table 1, and set ours beside the paper's."),
@@ -54,7 +55,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _ = COMMANDS[cmd_name]
-        return getattr(importlib.import_module(module), cmd_name)
+        return getattr(importlib.import_module(module), "evaluate" if cmd_name == "eval" else cmd_name)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command that `args` begin with.

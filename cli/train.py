@@ -32,11 +32,22 @@ SETTINGS = click.option(
     metavar="DIR|auto",
     help="Go on with the run in this run directory; auto: with the newest run of RECIPE and its seed, or begin one.",
 )
-def train(recipe: str | None, overrides: tuple[str, ...], out: Path | None, resume: Path | None) -> None:
+@click.option("--max-steps", type=click.IntRange(1), help="End after so many steps, as --set train.max_steps does.")
+@click.option("--dry-run", is_flag=True, help="Take two steps, say what the run would cost, and write nothing.")
+def train(
+    recipe: str | None, overrides: tuple[str, ...], out: Path | None, resume: Path | None, max_steps: int | None, dry_run: bool
+) -> None:
     """Train RECIPE: the name of a shipped recipe (`fahooks ls recipes`) or a file."""
     from fahooks.training import commands
 
     auto = resume == Path("auto")
+    overrides = overrides if max_steps is None else (*overrides, f"train.max_steps={max_steps}")
+    if dry_run:
+        if recipe is None or resume is not None or out is not None:
+            raise InputError("--dry-run takes a RECIPE, and neither --resume nor --out: it writes nothing")
+        with stoppable():
+            _dry_run(recipe, overrides)
+        return
     if resume is not None and not auto and (recipe or overrides or out):
         raise InputError("--resume takes everything from the run directory: leave RECIPE, --set and --out away")
     with stoppable():
@@ -48,6 +59,15 @@ def train(recipe: str | None, overrides: tuple[str, ...], out: Path | None, resu
             click.echo(commands.start(recipe, overrides, out))
         else:
             raise InputError("name a recipe, such as mnist/fa (`fahooks ls recipes` lists all), or --resume a run directory")
+
+
+def _dry_run(recipe: str, overrides: tuple[str, ...]) -> None:
+    from fahooks.training.dry_run import dry_run
+
+    cost = dry_run(recipe, overrides)
+    click.echo(f"{cost.setup.report}\n")
+    for word, sentence in cost.lines():
+        click.echo(f"{word:<6}  {sentence}")
 
 
 @click.command()

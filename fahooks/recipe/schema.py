@@ -174,6 +174,8 @@ class Train(Section):
 
     Arguments:
         epochs: passes over the training images.
+        max_steps: end after so many optimizer steps, in the middle of an epoch too, with the learning rates that a whole run has
+            there; None for no such end.
         precision: "fp32"; "tf32" for float32 products rounded to 10 bits of mantissa, on a GPU; "bf16" for autocast to bfloat16;
             "fp16" for autocast to float16, with a loss that is scaled up and steps that are skipped where a gradient overflows.
         channels_last: that memory format for model and images.
@@ -190,6 +192,7 @@ class Train(Section):
     """
 
     epochs: Count
+    max_steps: Count | None = None
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     compile: bool = False

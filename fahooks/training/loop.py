@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from fahooks.data import Batch, Stream
+from fahooks.data import Batch
 from fahooks.plugins import InputError
 from fahooks.probes import Probe
 from fahooks.training import checkpoint
@@ -88,6 +89,12 @@ class Sitting:
         by_steps = when.every is not None and self.progress.step % when.every == 0
         return by_steps or (when.minutes is not None and time.perf_counter() - self.saved > 60 * when.minutes)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the run has taken as many steps as it may."""
+        most = self.setup.recipe.train.max_steps
+        return most is not None and self.progress.step >= most
+
     def save(self) -> None:
         """Write a checkpoint of this moment.
 
@@ -143,7 +150,7 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
     run.layers(setup.report.as_dict())
     epochs = recipe.train.epochs
     with (
-        Display(recipe.name, console, steps=epochs * len(setup.train), done=progress.step) as display,
+        Display(recipe.name, console, steps=setup.steps, done=progress.step) as display,
         _board(run, progress.step if resume else None) as board,
     ):
         now = time.perf_counter()
@@ -156,7 +163,8 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
             display.line(f"goes on after step {progress.step}, in epoch {min(progress.epoch + 1, epochs)}/{epochs}, from {path}")
         try:
             for epoch in range(progress.epoch + 1, epochs + 1):
-                _epoch(sitting, epoch)
+                if not sitting.ended or progress.batch:
+                    _epoch(sitting, epoch)
         except Stopped as stopped:
             sitting.save()
             raise Stopped(f"stopped after step {progress.step}, which is saved") from stopped
@@ -222,7 +230,7 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
     wrong = torch.tensor(progress.wrong, device=setup.device)
     begun = time.perf_counter() - progress.epoch_seconds
     setup.train.set_epoch(epoch, start=progress.batch)
-    for batch in setup.train:
+    for batch in () if sitting.ended else setup.train:
         if every and progress.step % every == 0:
             _measure(setup, sitting.probe, batch)
             _log_probe(sitting, epoch)
@@ -232,7 +240,8 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
         progress.seen += batch.count
         loss_sum += losses
         wrong += missed
-        last, stopping, due = progress.batch == len(setup.train), sitting.stop.requested, sitting.due
+        last = progress.batch == len(setup.train) or sitting.ended
+        stopping, due = sitting.stop.requested, sitting.due
         if progress.step % LOOK_EVERY == 0 or last or stopping or due:
             progress.loss_sum, progress.wrong = loss_sum.item(), int(wrong)
             progress.epoch_seconds = time.perf_counter() - begun
@@ -241,7 +250,9 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
             sitting.display.step(progress.step, epoch=f"{epoch}/{setup.recipe.train.epochs}", **_shown(progress))
         if stopping:
             raise Stopped
-        if due and not last:
+        if last:
+            break
+        if due:
             sitting.save()
     shown = _shown(progress)
     return {
@@ -260,7 +271,7 @@ def _shown(progress: Progress) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(setup: Setup, stream: Stream, name: str, stop: Stop | None = None) -> dict[str, Any]:
+def evaluate(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None = None) -> dict[str, Any]:
     """Mean cross-entropy and error (percent) over all images of `stream`, in evaluation mode, as NAME_loss and NAME_error.
 
     Raises:

@@ -76,6 +76,12 @@ class Setup:
         return self.model if self.average is None else self.average.model
 
     @property
+    def steps(self) -> int:
+        """How many steps of the optimizer a whole run takes."""
+        steps, most = self.recipe.train.epochs * len(self.train), self.recipe.train.max_steps
+        return steps if most is None else min(steps, most)
+
+    @property
     def parts(self) -> dict[str, Stateful]:
         """What keeps the state that a run needs to go on, by name."""
         parts: dict[str, Stateful | None] = {

@@ -61,6 +61,8 @@ def test_a_wrong_recipe_prints_all_its_problems_and_exits_2(run):
             ["train", "mnist/fa", "--set", "data.root=nowhere", "--set", "data.download=false"],
             "fahooks: mnist is not at nowhere/MNIST/raw/",
         ),
+        (["train", "--dry-run"], "fahooks: --dry-run takes a RECIPE, and neither --resume nor --out"),
+        (["train", "mnist/fa", "--dry-run", "--out", "x"], "fahooks: --dry-run takes a RECIPE, and neither --resume nor --out"),
         (["quickstart", "--set", "feedback=[]"], "fahooks: quickstart compares bp, fa, usf_sn"),
         (["quickstart", "--set", "data.dataset=digit"], "fahooks: --set: data.dataset: no dataset is named 'digit'"),
     ],
@@ -71,6 +73,24 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_2(run, arguments: list[str
     (line,) = done.stderr.splitlines()
     assert line.startswith(message)
     assert not list(Path().iterdir())
+
+
+def test_max_steps_ends_a_run_in_the_middle_of_an_epoch(run):
+    done = run(
+        "train", "quickstart", *SMALL, "--set=data.batch_size=40", "--set=train.epochs=9", "--max-steps", "4", "--out", "here"
+    )
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in Path("here/metrics.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["step"]) for row in rows if row["kind"] == "epoch"] == [(1, 3), (2, 4)]
+    assert "max_steps: 4" in Path("here/resolved.yaml").read_text()
+
+
+def test_a_dry_run_says_what_it_costs_and_writes_nothing(run):
+    done = run("train", "quickstart", *SMALL, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "conv1   Conv2d  32x1x5x5" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines()[-6:]] == ["data", "steps", "loss", "speed", "memory", "time"]
+    assert list(Path().iterdir()) == []
 
 
 def test_quickstart_prints_a_table_and_saves_a_figure(run):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,3 +161,24 @@ def test_the_final_line_has_no_number_of_the_paper_where_the_images_are_others()
         recipe = load(name)
         if recipe.paper is not None and recipe.paper.error is not None:
             assert "(paper: " in commands.final_line(recipe, result, RunDirectory(Path("runs/x"))), name
+
+
+def test_a_run_stopped_after_the_last_of_its_steps_only_validates(in_tmp: Path, monkeypatch: pytest.MonkeyPatch):
+    few = (*SMALL, "train.epochs=9", "train.max_steps=5", "data.batch_size=32")
+    commands.start("quickstart", few, Path("whole"))
+    evaluate, calls = loop.evaluate, []
+
+    def stop_in_the_second_epoch(*arguments: Any) -> dict[str, Any]:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise loop.Stopped
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", stop_in_the_second_epoch)
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 5, which is saved"):
+            commands.start("quickstart", few, Path("stopped"))
+    commands.resume(Path("stopped"))
+    rows = [[(row["epoch"], row["step"]) for row in RunDirectory(Path(name)).rows("epoch")] for name in ("whole", "stopped")]
+    assert rows == [[(1, 3), (2, 5)]] * 2
+    assert Path("whole/best.safetensors").read_bytes() == Path("stopped/best.safetensors").read_bytes()

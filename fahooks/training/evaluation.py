@@ -1,0 +1,123 @@
+"""Evaluating a run that is there: its best or its last weights, on its own images or on others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+
+from fahooks.plugins import InputError
+from fahooks.recipe import Recipe, load
+from fahooks.recipe.reading import read_file
+from fahooks.training import checkpoint
+from fahooks.training.checkpoint import Checkpoints
+from fahooks.training.loop import evaluate
+from fahooks.training.run_directory import RunDirectory
+from fahooks.training.setup import Setup, prepare
+
+Weights = Literal["best", "last"]
+
+# Keys of data that say where images come from, and not which they are.
+WHERE = ("root", "download", "loader")
+MAY_CHANGE = ("data", "train.device", "train.threads")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run's weights are worth.
+
+    Attributes:
+        recipe: of the run, on the images that were evaluated.
+        weights: which of its weights.
+        step: optimizer steps that the last weights had taken; None for the best ones.
+        validation: loss (mean cross-entropy), error (percent) and images of the validation split.
+        test: the same of the test set.
+    """
+
+    recipe: Recipe
+    weights: Weights
+    step: int | None
+    validation: dict[str, float]
+    test: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        about = {"recipe": self.recipe.name, "dataset": self.recipe.data.dataset, "weights": self.weights, "step": self.step}
+        return {**about, "validation": self.validation, "test": self.test}
+
+
+def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str] = ()) -> Evaluation:
+    """Validation and test error of a run. Nothing is written.
+
+    Images are normalised as those that the run was trained on, also where `overrides` name others.
+
+    Arguments:
+        path: its directory; it need not be finished.
+        weights: those with the lowest validation error, or those of the newest checkpoint.
+        overrides: "dotted.key=value" each, of data, train.device and train.threads.
+
+    Raises:
+        InputError: there is no such run, its files are damaged, or the model does not run on the images.
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
+            raise InputError(
+                f"an evaluation may change {', '.join(MAY_CHANGE)}, and no other key of a run (got --set {override})"
+            )
+    run = RunDirectory(path)
+    if not run.begun:
+        raise InputError(f"{str(path)!r} is no run directory: it has no resolved.yaml")
+    source = read_file(path / "resolved.yaml")
+    trained, asked = load(source), load(source, overrides)
+    setup = prepare(asked)
+    here = {"data": trained.data.model_copy(update={key: getattr(asked.data, key) for key in WHERE}), "train": asked.train}
+    own = trained.model_copy(update=here)
+    if own.data != asked.data:
+        _normalise_as(own, setup)
+    step = _load(run, weights, setup)
+    with setup.train, setup.validation, setup.test:
+        found = {
+            name: {**evaluate(setup, stream, name), "images": stream.images}
+            for name, stream in (("validation", setup.validation), ("test", setup.test))
+        }
+    named = {name: {key.removeprefix(f"{name}_"): value for key, value in values.items()} for name, values in found.items()}
+    return Evaluation(setup.recipe, weights, step, named["validation"], named["test"])
+
+
+def _normalise_as(trained: Recipe, setup: Setup) -> None:
+    """Have the images of `setup` normalised by the statistics of those that `trained` learned from."""
+    try:
+        with prepare(trained).train as seen:
+            for stream in (setup.validation, setup.test):
+                stream.mean, stream.std = seen.mean, seen.std
+    except InputError as error:
+        raise InputError(f"images are normalised as those that were trained on, and of these {error}") from error
+
+
+def _load(run: RunDirectory, weights: Weights, setup: Setup) -> int | None:
+    """Put the weights of `run` into what `setup` evaluates; the steps they had taken, for the last ones."""
+    if weights == "best":
+        if not run.best.is_file():
+            raise InputError(f"{str(run.path)!r} has no best weights yet: they come with its first epoch, or take --weights last")
+        try:
+            checkpoint.load_weights(run.best, setup.evaluated)
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise InputError(
+                f"{str(run.best)!r} is damaged, or of another model: {' '.join(str(error).split())[:300]}"
+            ) from error
+        return None
+    paths = Checkpoints(run.checkpoints, {}).paths()
+    if not paths:
+        raise InputError(f"{str(run.path)!r} has no checkpoint")
+    state = checkpoint.read(paths[0])
+    try:
+        for name in ("model", "average"):
+            if name in setup.parts:
+                setup.parts[name].load_state_dict(state["parts"][name])
+    except (RuntimeError, KeyError) as error:
+        raise InputError(f"{str(paths[0])!r} is of another model: {' '.join(str(error).split())[:300]}") from error
+    return state["progress"]["step"]

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from fahooks.plugins import InputError
+from fahooks.recipe import load
+from fahooks.training import checkpoint, commands
+from fahooks.training.evaluation import evaluate_run
+from fahooks.training.run_directory import RunDirectory
+from fahooks.training.setup import prepare
+
+SMALL = ("data.limit=300", "train.epochs=3", "train.threads=1", "train.device=cpu", "probes.every=null", "optim.lr=3e-3")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    commands.start("quickstart", SMALL, path)
+    return path
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it for a test to change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_best_and_last_weights_have_the_errors_that_the_run_found(trained: Path):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    result = RunDirectory(trained).read_status()["result"]
+    best, last = evaluate_run(trained), evaluate_run(trained, "last")
+    assert (best.test["error"], best.validation["error"]) == (result["test_error"], result["validation_error"])
+    assert last.test["error"] == result["final_test_error"]
+    assert (best.step, last.step) == (None, RunDirectory(trained).rows("epoch")[-1]["step"])
+    assert (best.test["images"], best.validation["images"]) == (360, 60)
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_an_average_of_the_weights_is_what_is_evaluated(tmp_path: Path):
+    commands.start("quickstart", (*SMALL, "train.epochs=1", "train.ema=0.9"), tmp_path / "run")
+    result = RunDirectory(tmp_path / "run").read_status()["result"]
+    for weights, error in (("best", result["test_error"]), ("last", result["final_test_error"])):
+        assert evaluate_run(tmp_path / "run", weights).test["error"] == error
+
+
+def test_other_images_are_normalised_as_those_that_were_trained_on(trained: Path):
+    other = evaluate_run(trained, overrides=("data.limit=40",))
+    assert other.validation["images"] == 8
+    own = prepare(load(str(trained / "resolved.yaml")))
+    checkpoint.load_weights(trained / "best.safetensors", own.model)
+    with torch.no_grad():
+        losses = [F.cross_entropy(own.model.eval()(b.images), b.labels, reduction="sum") for b in own.test]
+    assert other.test["loss"] == pytest.approx(sum(losses).item() / 360, rel=1e-6)
+    few = prepare(load(str(trained / "resolved.yaml"), ("data.limit=40",)))
+    assert not torch.equal(few.test.mean, own.test.mean), "control: the other images have statistics of their own"
+
+
+@pytest.mark.parametrize(
+    ("damage", "weights", "message"),
+    [
+        (lambda run: shutil.rmtree(run), "best", "is no run directory"),
+        (lambda run: (run / "best.safetensors").unlink(), "best", "has no best weights yet"),
+        (lambda run: (run / "best.safetensors").write_bytes(b"x" * 100), "best", "best.safetensors' is damaged"),
+        (lambda run: _truncate(run / "best.safetensors"), "best", "best.safetensors' is damaged"),
+        (lambda run: _truncate(*(run / "checkpoints").iterdir()), "last", "is truncated or no checkpoint"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "last", "has no checkpoint"),
+        (lambda run: (run / "resolved.yaml").write_bytes(b"\xff"), "best", "resolved.yaml' can not be read"),
+        (lambda run: (run / "resolved.yaml").write_text("name: x"), "best", "resolved.yaml:1: model: is missing"),
+        (lambda run: _widen(run), "best", "best.safetensors' is damaged, or of another model"),
+        (lambda run: _widen(run), "last", "is of another model"),
+    ],
+)
+def test_what_is_damaged_is_one_clear_error(damage, weights, message: str, run: Path):
+    damage(run)
+    with pytest.raises(InputError, match=message) as caught:
+        evaluate_run(run, weights)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=1", "an evaluation may change data, train.device, train.threads, and no other key"),
+        ("database=1", "an evaluation may change"),
+        ("data.dataset=digit", "no dataset is named 'digit'"),
+        ("data.augment=[{crop: {size: 4}}]", "does not run on images of shape 1x4x4"),
+    ],
+)
+def test_what_can_not_be_evaluated_is_refused(override: str, message: str, trained: Path):
+    with pytest.raises(InputError, match=message):
+        evaluate_run(trained, overrides=(override,))
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def _widen(run: Path) -> None:
+    recipe = yaml.safe_load((run / "resolved.yaml").read_text())
+    recipe["model"]["classes"] = 12
+    (run / "resolved.yaml").write_text(yaml.safe_dump(recipe))
