@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fahooks.plugins import InputError, near
 
-from .train import SETTINGS, stoppable
+from .train import SETTINGS, numbers, stoppable
 
 TABLES = ("table1",)
 
@@ -38,7 +38,7 @@ def reproduce(
         raise InputError(f"{table!r} can not be reproduced{near(table, TABLES)}; there is {', '.join(TABLES)}")
     out = out or reproduction.OUT
     with stoppable():
-        diverged = reproduction.reproduce(_names(columns), _names(rows), _numbers(seeds), overrides, out)
+        diverged = reproduction.reproduce(_names(columns), _names(rows), numbers(seeds), overrides, out)
         cells = reproduction.write_table(out)
     if cells:
         Console(width=None if sys.stdout.isatty() else 120).print(table1.table(cells))
@@ -52,11 +52,3 @@ def reproduce(
 
 def _names(text: str | None) -> list[str]:
     return [] if text is None else [name.strip() for name in text.split(",")]
-
-
-def _numbers(text: str) -> list[int]:
-    """Seeds, each once."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) < 2**63 for part in parts):
-        raise InputError(f"--seeds must be whole numbers from 0 on, such as 0,1,2 (got {text!r})")
-    return list(dict.fromkeys(map(int, parts)))

@@ -33,20 +33,45 @@ SETTINGS = click.option(
     help="Go on with the run in this run directory; auto: with the newest run of RECIPE and its seed, or begin one.",
 )
 @click.option("--max-steps", type=click.IntRange(1), help="End after so many steps, as --set train.max_steps does.")
+@click.option("--seeds", metavar="NUMBERS", help="One run for each, such as 0,1,2, and a table of mean and spread.")
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="KEY=VALUES",
+    help="One run for each value, such as optim.lr=1e-3,1e-4; repeatable, then one for each combination.",
+)
 @click.option("--dry-run", is_flag=True, help="Take two steps, say what the run would cost, and write nothing.")
 def train(
-    recipe: str | None, overrides: tuple[str, ...], out: Path | None, resume: Path | None, max_steps: int | None, dry_run: bool
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: Path | None,
+    max_steps: int | None,
+    seeds: str | None,
+    sweeps: tuple[str, ...],
+    dry_run: bool,
 ) -> None:
-    """Train RECIPE: the name of a shipped recipe (`fahooks ls recipes`) or a file."""
+    """Train RECIPE: the name of a shipped recipe (`fahooks ls recipes`) or a file.
+
+    With --seeds or --sweep it trains a series, in OUT or runs/<recipe name>-sweep, of which the same command, given again, trains
+    what is missing.
+    """
     from fahooks.training import commands
 
     auto = resume == Path("auto")
     overrides = overrides if max_steps is None else (*overrides, f"train.max_steps={max_steps}")
     if dry_run:
-        if recipe is None or resume is not None or out is not None:
-            raise InputError("--dry-run takes a RECIPE, and neither --resume nor --out: it writes nothing")
+        if recipe is None or resume is not None or out is not None or seeds is not None or sweeps:
+            raise InputError("--dry-run takes a RECIPE, and neither --resume, --out, --seeds nor --sweep: it writes nothing")
         with stoppable():
             _dry_run(recipe, overrides)
+        return
+    if seeds is not None or sweeps:
+        if recipe is None or resume is not None:
+            raise InputError("--seeds and --sweep take a RECIPE and no --resume: the same command goes on by itself")
+        with stoppable():
+            _sweep(recipe, overrides, sweeps, seeds, out)
         return
     if resume is not None and not auto and (recipe or overrides or out):
         raise InputError("--resume takes everything from the run directory: leave RECIPE, --set and --out away")
@@ -59,6 +84,32 @@ def train(
             click.echo(commands.start(recipe, overrides, out))
         else:
             raise InputError("name a recipe, such as mnist/fa (`fahooks ls recipes` lists all), or --resume a run directory")
+
+
+def numbers(text: str) -> list[int]:
+    """Seeds, each once.
+
+    Raises:
+        InputError: `text` is no list of them.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 20 and int(part) < 2**63 for part in parts):
+        raise InputError(f"--seeds must be whole numbers from 0 on, such as 0,1,2 (got {text!r})")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _sweep(recipe: str, overrides: tuple[str, ...], sweeps: tuple[str, ...], seeds: str | None, out: Path | None) -> None:
+    from fahooks.report import tables
+    from fahooks.report.runs import read_run
+    from fahooks.training import sweep
+
+    planned = sweep.plan(recipe, overrides, sweeps, None if seeds is None else numbers(seeds), out)
+    diverged = sweep.train_missing(planned)
+    runs = {", ".join(settings) or recipe: [read_run(path) for path in planned.paths(settings)] for settings in planned.settings}
+    Console(width=None if sys.stdout.isatty() else 120).print(tables.by_settings(runs))
+    click.echo(f"runs in {planned.out}")
+    if diverged:
+        raise InputError("\n".join(diverged))
 
 
 def _dry_run(recipe: str, overrides: tuple[str, ...]) -> None:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
-from fahooks.data import Dataset
 from fahooks.plugins import InputError, near
-from fahooks.recipe import Recipe, RecipeError, find, load, shipped_names
-from fahooks.recipe.comparison import differences
+from fahooks.recipe import find, load, shipped_names
 from fahooks.recipe.reading import add_file
 from fahooks.recipe.tree import Tree
 from fahooks.report import table1
-from fahooks.training.commands import final_line
-from fahooks.training.loop import Diverged, train
-from fahooks.training.run_directory import BARELY_BEGUN, RunDirectory, held
-from fahooks.training.setup import Setup, load_dataset, prepare, resolve
+from fahooks.training.run_directory import held
+from fahooks.training.series import Wanted, carry_out, goes_on_by_itself
 
 OUT = Path("runs/table1")
 
@@ -44,36 +37,6 @@ class Entry:
         """Column and row as users type them."""
         column, _, row = self.name.rpartition("/")
         return column, row
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A run of the table.
-
-    Attributes:
-        path: where it belongs.
-        recipe: what it trains.
-        overrides: what `--set` and `--seeds` changed of the shipped recipe.
-    """
-
-    path: Path
-    recipe: Recipe
-    overrides: tuple[str, ...]
-
-    @property
-    def run(self) -> RunDirectory:
-        """Its directory, whether it is there or not."""
-        return RunDirectory(self.path)
-
-    @property
-    def finished(self) -> bool:
-        """Whether it needs no training any more."""
-        return self.run.finished
-
-    @property
-    def begun(self) -> bool:
-        """Whether there is something to go on with."""
-        return self.run.begun
 
 
 def reproduce(
@@ -103,17 +66,9 @@ def reproduce(
         InputError: names, overrides or data are not right, or what is in `out` was made from other recipes.
         KeyboardInterrupt: the user stopped it; the message says how to go on.
     """
-    console = Console()
-    try:
+    with goes_on_by_itself():
         wanted = _plan(choose(columns, rows), seeds, overrides, out)
-        missing = [run for run in wanted if not run.finished]
-        _print(console, f"{out}: {len(wanted)} runs, {len(wanted) - len(missing)} of them finished, {len(missing)} to train")
-        for recipe in {run.recipe.name: run.recipe for run in missing}.values():
-            prepare(recipe)
-        lines = [_train(run, console, f"{number} of {len(missing)}") for number, run in enumerate(missing, start=1)]
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt("stopped; the same command goes on from there") from stop
-    return [line for line in lines if line]
+        return carry_out(wanted, out, advice=lambda runs: f"choose other --columns than {', '.join(_columns(runs))}")
 
 
 def choose(columns: Sequence[str], rows: Sequence[str]) -> list[Entry]:
@@ -195,108 +150,21 @@ def _plan(entries: Sequence[Entry], seeds: Sequence[int], overrides: Sequence[st
     for override in overrides:
         if override.partition("=")[0].split(".")[0] in ("name", "paper", "seed"):
             raise InputError(f"reproduce takes name and paper from its recipes and seeds from --seeds (got --set {override})")
-    there = next(path for path in (out, *out.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--out {str(out)!r} can not be written, since {str(there)!r} can not: name another folder")
     columns = dict.fromkeys(entry.typed[0] for entry in entries)
-    wanted = [
+    return [
         _wanted(entry.name, seed, overrides, out)
         for column in columns
         for seed in seeds
         for entry in entries
         if entry.typed[0] == column
     ]
-    _check_data(wanted)
-    return wanted
 
 
 def _wanted(name: str, seed: int, overrides: Sequence[str], out: Path) -> Wanted:
     changed = (*overrides, f"seed={seed}")
-    return Wanted(out / name / f"seed-{seed}", load(name, changed), changed)
+    source = find(name)
+    return Wanted(out / name / f"seed-{seed}", load(source, changed), source, changed)
 
 
-def _check_data(wanted: Sequence[Wanted]) -> None:
-    """Refuse data that are not at hand, and run directories that other recipes made, dataset by dataset."""
-    by_data: dict[str, list[Wanted]] = {}
-    for run in wanted:
-        wanted_data = run.recipe.data
-        key = (wanted_data.dataset, wanted_data.dataset_options, wanted_data.root, wanted_data.download)
-        by_data.setdefault(repr(key), []).append(run)
-    problems: list[str] = []
-    for runs in by_data.values():
-        try:
-            dataset = load_dataset(runs[0].recipe)
-        except InputError as error:
-            columns = ", ".join(dict.fromkeys(run.recipe.name.rpartition("/")[0] for run in runs))
-            problems.append(f"{error}; or choose other --columns than {columns}")
-        else:
-            for run in runs:
-                _check_directories(run, dataset)
-    if problems:
-        raise InputError("\n".join(problems))
-
-
-def _check_directories(run: Wanted, dataset: Dataset) -> None:
-    """Refuse what lies in the place of `run`, and in that of another seed of its cell, if another recipe made it.
-
-    The seeds of a cell are averaged, so they must have everything else in common.
-    """
-    for path in sorted(run.path.parent.glob("seed-*")):
-        if (path / "resolved.yaml").is_file():
-            made_from = _made_from(path)
-            seed = run.recipe.seed if path == run.path else made_from.seed
-            asked = resolve(run.recipe.model_copy(update={"seed": seed}), dataset)
-            # Written out again, for the options that rules and hooks did not have yet when it was made.
-            same_data = made_from.data.dataset == asked.data.dataset
-            _check_same(path, resolve(made_from, dataset) if same_data else made_from, asked)
-    left = {file.name for file in run.path.iterdir()} if run.path.is_dir() else set()
-    if run.path.exists() and not run.begun and not (run.path.is_dir() and left <= BARELY_BEGUN):
-        raise InputError(f"{str(run.path)!r} is in the way of a run, and is none: move it, or name another --out")
-
-
-def _made_from(path: Path) -> Recipe:
-    try:
-        return load(str(path / "resolved.yaml"))
-    except RecipeError as error:
-        raise InputError(f"the run in {str(path)!r} can not go on: {'; '.join(error.problems)}; name another --out") from error
-
-
-def _check_same(path: Path, made_from: Recipe, asked: Recipe) -> None:
-    found = differences(
-        made_from.model_dump(mode="json"),
-        asked.model_dump(mode="json"),
-        apart_from=("checkpoint", "data.root", "data.loader", "data.loader_options"),
-    )
-    if found:
-        said = ", ".join(f"{key} ({there} there, {here} asked)" for key, (there, here) in found.items())
-        raise InputError(f"{str(path)!r} holds a run of another recipe: {said}; name another --out")
-
-
-def _train(run: Wanted, console: Console, number: str) -> str:
-    """Train a run, from its beginning or from where it was stopped; a line about it if its loss diverged."""
-    name = f"{run.recipe.name}, seed {run.recipe.seed}"
-    run.path.mkdir(parents=True, exist_ok=True)
-    with held(run.run.lock) as mine:
-        if not mine or run.finished:
-            _print(console, f"{number}: {name}: another process has it")
-            return ""
-        _print(console, f"{number}: {name}: {'goes on' if run.begun else 'begins'}")
-        setup = prepare(run.recipe)
-        resumed = run.begun
-        directory = run.run if resumed else _created(run, setup)
-        try:
-            result = train(setup, directory, resume=resumed)
-        except Diverged as error:
-            _print(console, f"{name}: {error}")
-            return f"{name}: {error}"
-        _print(console, final_line(setup.recipe, result, directory))
-    return ""
-
-
-def _created(run: Wanted, setup: Setup) -> RunDirectory:
-    source = find(run.recipe.name)
-    return RunDirectory.create(setup.recipe, source, out=run.path, overrides=run.overrides, choices=setup.choices)
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+def _columns(runs: Sequence[Wanted]) -> list[str]:
+    return list(dict.fromkeys(run.recipe.name.rpartition("/")[0] for run in runs))

@@ -61,6 +61,9 @@ def test_a_wrong_recipe_prints_all_its_problems_and_exits_2(run):
             ["train", "mnist/fa", "--set", "data.root=nowhere", "--set", "data.download=false"],
             "fahooks: mnist is not at nowhere/MNIST/raw/",
         ),
+        (["train", "mnist/fa", "--seeds", "0,x"], "fahooks: --seeds must be whole numbers from 0 on, such as 0,1,2 (got '0,x')"),
+        (["train", "mnist/fa", "--seeds", "0", "--resume", "auto"], "fahooks: --seeds and --sweep take a RECIPE and no --resume"),
+        (["train", "mnist/fa", "--sweep", "seed=1"], "fahooks: --sweep can not change seed; --seeds does"),
         (["train", "--dry-run"], "fahooks: --dry-run takes a RECIPE, and neither --resume nor --out"),
         (["train", "mnist/fa", "--dry-run", "--out", "x"], "fahooks: --dry-run takes a RECIPE, and neither --resume nor --out"),
         (["quickstart", "--set", "feedback=[]"], "fahooks: quickstart compares bp, fa, usf_sn"),
@@ -91,6 +94,16 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(run):
     assert "conv1   Conv2d  32x1x5x5" in done.stdout
     assert [line.split()[0] for line in done.stdout.splitlines()[-6:]] == ["data", "steps", "loss", "speed", "memory", "time"]
     assert list(Path().iterdir()) == []
+
+
+def test_a_sweep_ends_with_a_table_and_trains_nothing_twice(run):
+    command = ["train", "quickstart", *SMALL, "--sweep", "optim.lr=1e-3,1e-4", "--seeds", "0,1"]
+    first, second = run(*command), run(*command)
+    assert (first.exit_code, second.exit_code) == (0, 0), first.output
+    rows = [[line.split()[:2] for line in done.stdout.splitlines() if line.startswith("  optim.lr")] for done in (first, second)]
+    assert rows[0] == rows[1] == [["optim.lr=1e-3", "2"], ["optim.lr=1e-4", "2"]]
+    assert second.stdout.startswith("runs/quickstart-sweep: 4 runs, 4 of them finished, 0 to train\n")
+    assert second.stdout.endswith("runs in runs/quickstart-sweep\n")
 
 
 def test_quickstart_prints_a_table_and_saves_a_figure(run):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
+from fahooks.report import tables
 from fahooks.report.runs import Run, read_run
 from fahooks.report.tables import comparison
 
@@ -33,3 +35,26 @@ def test_what_a_run_does_not_have_is_a_dash(written: Written):
     *_, first, second = printed([unfinished, nothing])
     assert first == ["fa", "-", "-", "-", "0.0°", "4", "s"]
     assert second == ["usf", "-", "-", "-", "-", "-"]
+
+
+def test_the_spread_is_the_sample_standard_deviation():
+    assert tables.spread([]) == "-"
+    assert tables.spread([1.5]) == "1.50 %"
+    assert tables.spread([1.0, 2.0, 6.0]) == f"3.00 ± {math.sqrt((4 + 1 + 9) / 2):.2f} %"
+
+
+def test_a_sweep_has_a_row_a_setting_of_the_runs_that_are_finished():
+    def run(**result: float) -> Run:
+        return Run(Path("x"), {}, {"result": result} if result else {}, [], [])
+
+    good = [run(test_error=1.0, validation_error=2.0, best_epoch=3), run(test_error=2.0, validation_error=2.0, best_epoch=1)]
+    table = tables.by_settings({"lr=[1]": good, "lr=2": [good[0], run()], "lr=3": [run()]})
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table)
+    rows = [line.split("  ") for line in console.export_text().splitlines() if line.startswith("  lr")]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert cells == [
+        ["lr=[1]", "2", "1.50 ± 0.71 %", "2.00 ± 0.00 %", "3, 1"],
+        ["lr=2", "1 of 2", "1.00 %", "2.00 %", "3"],
+        ["lr=3", "0 of 1", "-", "-", "-"],
+    ]

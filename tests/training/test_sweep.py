@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fahooks.plugins import InputError
+from fahooks.training import loop, sweep
+from fahooks.training.run_directory import RunDirectory
+
+TINY = ("data.limit=60", "data.batch_size=24", "train.epochs=2", "train.device=cpu", "train.threads=1", "probes.every=null")
+RATES = "optim.lr=1e-3,1e-4"
+
+
+def planned(
+    *sweeps: str, out: Path | None = None, seeds: tuple[int, ...] | None = None, more: tuple[str, ...] = ()
+) -> sweep.Sweep:
+    return sweep.plan("quickstart", (*TINY, *more), sweeps, seeds, out)
+
+
+def weights(plan: sweep.Sweep) -> list[bytes]:
+    return [(run.path / "best.safetensors").read_bytes() for run in plan.runs]
+
+
+def test_the_runs_are_the_product_of_all_values_and_seeds():
+    plan = planned(RATES, "optim.betas=[0.9, 0.99],[0.5, 0.9]", seeds=(3, 5))
+    found = [(run.recipe.seed, run.recipe.optim.lr, run.recipe.optim.model_dump()["betas"]) for run in plan.runs]
+    assert found == [(s, lr, betas) for s in (3, 5) for lr in (1e-3, 1e-4) for betas in ((0.9, 0.99), (0.5, 0.9))]
+    assert len({run.path for run in plan.runs}) == 8
+    assert plan.out == Path("runs/quickstart-sweep")
+    assert plan.runs[0].name == "quickstart, optim.lr=1e-3, optim.betas=[0.9, 0.99], seed 3"
+    assert all(run.path.name == f"seed-{run.recipe.seed}" and len(run.path.parts) == 4 for run in plan.runs)
+    assert planned(RATES).runs[0].path == Path("runs/quickstart-sweep/optim.lr=1e-3/seed-0")
+    assert [run.path.name for run in planned(seeds=(0, 1)).runs] == ["seed-0", "seed-1"]
+    assert [run.recipe.seed for run in planned(RATES, more=("seed=7",)).runs] == [7, 7]
+
+
+def test_values_are_told_apart_by_commas_outside_of_brackets_and_each_is_taken_once():
+    assert planned("optim.lr=1e-3, 1e-4,1e-3").settings == [("optim.lr=1e-3",), ("optim.lr=1e-4",)]
+    assert planned("feedback=[{rule: fa}],[{rule: usf, scale: 0.5}]").settings == [
+        ("feedback=[{rule: fa}]",),
+        ("feedback=[{rule: usf, scale: 0.5}]",),
+    ]
+    one, other = (sweep._folder(Path(), (f"model.name={name}",)) for name in ("a/b", "a_b"))
+    assert one != other and one.name.startswith("model.name=a_b-")
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "seeds", "more", "message"),
+    [
+        (["optim.lr"], None, (), "must be dotted.key=value,value, such as optim.lr=1e-3,1e-4"),
+        (["optim.lr="], None, (), "must be dotted.key=value,value"),
+        (["=1"], None, (), "must be dotted.key=value,value"),
+        (["seed=1,2"], None, (), "--sweep can not change seed; --seeds does"),
+        (["name=a,b"], None, (), "--sweep can not change name"),
+        (["optim.lr=1e-3,x"], None, (), "--set: optim.lr: must be a valid number"),
+        (["optim.lr=]["], None, (), "--sweep optim.lr: not YAML"),
+        (["optim.lr=!!python/name:os.system"], None, (), "has no values with the tag"),
+        (["optim.lr=" + ",".join(map(str, range(1, 1200)))], None, (), "more than 1,000 runs"),
+        ([f"a.b{n}={','.join('abcdefghij')}" for n in range(12)], None, (), "more than 1,000 runs"),
+        ([RATES], (0, 1), ("seed=4",), "--seeds says which seeds there are"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(sweeps: list[str], seeds: tuple[int, ...] | None, more: tuple[str, ...], message: str):
+    with pytest.raises(InputError, match=message):
+        planned(*sweeps, seeds=seeds, more=more)
+
+
+def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_bits(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    whole, stopped = (planned(RATES, out=Path(name), seeds=(0, 1)) for name in ("whole", "stopped"))
+    assert sweep.train_missing(whole) == []
+    evaluate, calls = loop.evaluate, []
+
+    def stop_in_the_second_run(*arguments: Any) -> dict[str, Any]:
+        calls.append(arguments)
+        if len(calls) == 6:
+            raise loop.Stopped
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", stop_in_the_second_run)
+        with pytest.raises(KeyboardInterrupt, match="^stopped; the same command goes on from there$"):
+            sweep.train_missing(stopped)
+    states = [RunDirectory(run.path).read_status().get("state") for run in stopped.runs]
+    assert states == ["finished", "interrupted", None, None]
+    capsys.readouterr()
+    assert sweep.train_missing(stopped) == []
+    said = [
+        line for line in capsys.readouterr().out.splitlines() if ": goes on" in line or ": begins" in line or "runs" in line[:15]
+    ]
+    assert said[0] == "stopped: 4 runs, 1 of them finished, 3 to train"
+    assert "1 of 3: quickstart, optim.lr=1e-4, seed 0: goes on" in said
+    assert weights(stopped) == weights(whole)
+    assert len(set(weights(whole))) == 4, "control: settings and seeds make a difference"
+
+
+def test_what_another_recipe_made_is_not_taken(in_tmp: Path):
+    sweep.train_missing(planned("optim.lr=1e-3"))
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="holds a run of another recipe: train.epochs .2 there, 3 asked."):
+        sweep.train_missing(planned("optim.lr=1e-3", more=("train.epochs=3",)))
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+    shutil.rmtree("runs")
+    with pytest.raises(InputError, match="mnist is not at"):
+        sweep.train_missing(planned("data.dataset=digits,mnist", more=("data.download=false", f"data.root={in_tmp}")))
+    assert not Path("runs").exists()
