@@ -26,7 +26,7 @@ def bench() -> None:
     """Measure what a rule, or the training loop, costs."""
 
 
-@bench.command()
+@bench.command(epilog="Example: fahooks bench step timm/resnet18 --image 32 --rules fa,usf_sn,dfa")
 @click.argument("model")
 @click.option("--rules", default="all", show_default=True, metavar="NAMES", help="Such as fa,usf_sn.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Images a step.")

@@ -35,7 +35,7 @@ KINDS = [*REGISTRIES, "recipes"]
 ZOOS = ("timm", "torchvision")
 
 
-@click.command()
+@click.command(epilog="Example: fahooks ls rules 'usf*'")
 @click.argument("kind", metavar=f"[{'|'.join(KINDS)}]")
 @click.argument("pattern", required=False)
 def ls(kind: str, pattern: str | None) -> None:

@@ -15,7 +15,7 @@ from .train import SETTINGS, numbers, stoppable
 TABLES = ("table1",)
 
 
-@click.command()
+@click.command(epilog="Example: fahooks reproduce table1 --columns mnist --rows bp,fa --seeds 0,1,2")
 @click.argument("table", metavar="table1")
 @click.option("--columns", metavar="NAMES", help="Such as mnist,cifar10-1; all by default.")
 @click.option("--rows", metavar="NAMES", help="Such as bp,fa-usf-sn or 'BP + Noise'; all by default.")

@@ -22,7 +22,7 @@ SETTINGS = click.option(
 )
 
 
-@click.command()
+@click.command(epilog="Example: fahooks train mnist/fa --set train.epochs=1 --set seed=1 --out runs/try")
 @click.argument("recipe", required=False)
 @SETTINGS
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory, new or empty; by default runs/<recipe name>-<n>.")
@@ -121,7 +121,7 @@ def _dry_run(recipe: str, overrides: tuple[str, ...]) -> None:
         click.echo(f"{word:<6}  {sentence}")
 
 
-@click.command()
+@click.command(epilog="Example: fahooks quickstart --set train.epochs=10")
 @SETTINGS
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the runs, new or empty; by default runs/quickstart-<n>.")
 def quickstart(overrides: tuple[str, ...], out: Path | None) -> None:

@@ -7,7 +7,7 @@ import click
 from fahooks.plugins import InputError
 
 
-@click.command()
+@click.command(epilog="Example: fahooks validate mnist/fa my-recipe.yaml")
 @click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
 def validate(recipes: tuple[str, ...]) -> None:
     """Check recipes, all shipped ones where none is named, and say what is wrong in each.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from fahooks.plugins import InputError
 from fahooks.recipe import load
 from fahooks.training import checkpoint, commands
-from fahooks.training.evaluation import evaluate_run
+from fahooks.training.evaluation import Weights, evaluate_run
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import prepare
 
@@ -46,7 +47,8 @@ def test_best_and_last_weights_have_the_errors_that_the_run_found(trained: Path)
 def test_an_average_of_the_weights_is_what_is_evaluated(tmp_path: Path):
     commands.start("quickstart", (*SMALL, "train.epochs=1", "train.ema=0.9"), tmp_path / "run")
     result = RunDirectory(tmp_path / "run").read_status()["result"]
-    for weights, error in (("best", result["test_error"]), ("last", result["final_test_error"])):
+    expected: dict[Weights, float] = {"best": result["test_error"], "last": result["final_test_error"]}
+    for weights, error in expected.items():
         assert evaluate_run(tmp_path / "run", weights).test["error"] == error
 
 
@@ -57,7 +59,7 @@ def test_other_images_are_normalised_as_those_that_were_trained_on(trained: Path
     checkpoint.load_weights(trained / "best.safetensors", own.model)
     with torch.no_grad():
         losses = [F.cross_entropy(own.model.eval()(b.images), b.labels, reduction="sum") for b in own.test]
-    assert other.test["loss"] == pytest.approx(sum(losses).item() / 360, rel=1e-6)
+    assert other.test["loss"] == pytest.approx(torch.stack(losses).sum().item() / 360, rel=1e-6)
     few = prepare(load(str(trained / "resolved.yaml"), ("data.limit=40",)))
     assert not torch.equal(few.test.mean, own.test.mean), "control: the other images have statistics of their own"
 
@@ -77,7 +79,7 @@ def test_other_images_are_normalised_as_those_that_were_trained_on(trained: Path
         (lambda run: _widen(run), "last", "is of another model"),
     ],
 )
-def test_what_is_damaged_is_one_clear_error(damage, weights, message: str, run: Path):
+def test_what_is_damaged_is_one_clear_error(damage: Callable[[Path], None], weights: Weights, message: str, run: Path):
     damage(run)
     with pytest.raises(InputError, match=message) as caught:
         evaluate_run(run, weights)

@@ -57,7 +57,7 @@ def test_values_are_told_apart_by_commas_outside_of_brackets_and_each_is_taken_o
         (["name=a,b"], None, (), "--sweep can not change name"),
         (["optim.lr=1e-3,x"], None, (), "--set: optim.lr: must be a valid number"),
         (["optim.lr=]["], None, (), "--sweep optim.lr: not YAML"),
-        (["optim.lr=!!python/name:os.system"], None, (), "has no values with the tag"),
+        (["optim.lr=!!python/name:os.system ''"], None, (), "has no values with the tag"),
         (["optim.lr=" + ",".join(map(str, range(1, 1200)))], None, (), "more than 1,000 runs"),
         ([f"a.b{n}={','.join('abcdefghij')}" for n in range(12)], None, (), "more than 1,000 runs"),
         ([RATES], (0, 1), ("seed=4",), "--seeds says which seeds there are"),
