@@ -21,7 +21,7 @@ from fahooks.training.setup import Setup, prepare
 Weights = Literal["best", "last"]
 
 # Keys of data that say where images come from, and not which they are.
-WHERE = ("root", "download", "loader")
+WHERE = ("root", "download", "loader", "loader_options")
 MAY_CHANGE = ("data", "train.device", "train.threads")
 
 
