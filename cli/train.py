@@ -55,12 +55,16 @@ def train(
     """Train RECIPE: the name of a shipped recipe (`fahooks ls recipes`) or a file.
 
     With --seeds or --sweep it trains a series, in OUT or runs/<recipe name>-sweep, of which the same command, given again, trains
-    what is missing.
+    what is missing. In several processes: torchrun --nproc-per-node 2 -m fahooks train RECIPE
     """
-    from fahooks.training import commands
+    from fahooks.training import commands, distributed
 
     auto = resume == Path("auto")
     overrides = overrides if max_steps is None else (*overrides, f"train.max_steps={max_steps}")
+    if dry_run or seeds is not None or sweeps:
+        with distributed.joined():
+            if distributed.world() > 1:
+                raise InputError("--dry-run, --seeds and --sweep are for one process: leave torchrun away")
     if dry_run:
         if recipe is None or resume is not None or out is not None or seeds is not None or sweeps:
             raise InputError("--dry-run takes a RECIPE, and neither --resume, --out, --seeds nor --sweep: it writes nothing")
@@ -75,15 +79,17 @@ def train(
         return
     if resume is not None and not auto and (recipe or overrides or out):
         raise InputError("--resume takes everything from the run directory: leave RECIPE, --set and --out away")
-    with stoppable():
+    with stoppable(), distributed.joined():
         if auto and recipe is not None:
-            click.echo(commands.resume_newest(recipe, overrides, out))
+            line = commands.resume_newest(recipe, overrides, out)
         elif resume is not None and not auto:
-            click.echo(commands.resume(resume))
+            line = commands.resume(resume)
         elif recipe is not None:
-            click.echo(commands.start(recipe, overrides, out))
+            line = commands.start(recipe, overrides, out)
         else:
             raise InputError("name a recipe, such as mnist/fa (`fahooks ls recipes` lists all), or --resume a run directory")
+        if distributed.rank() == 0:
+            click.echo(line)
 
 
 def numbers(text: str) -> list[int]:

@@ -187,7 +187,9 @@ class Train(Section):
         label_smoothing: share s of each target that is spread over all K classes in the training loss: (1 - s) one-hot + s / K.
         ema: decay of an exponential moving average of the weights, which is then what is evaluated and saved as best; None for
             none. After t steps the decay is min(ema, (1 + t) / (10 + t)).
-        device: "auto" takes the first GPU where there is one.
+        distributed: how the processes that torchrun started train together: "ddp" keeps the whole model in each of them,
+            "fsdp2" a part of every parameter. The global batch is data.batch_size, whatever their number.
+        device: "auto" takes a GPU where there is one: the first, or that of the process.
         threads: CPU threads for torch; None leaves them alone.
     """
 
@@ -200,6 +202,7 @@ class Train(Section):
     clip_norm: Positive | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema: Fraction | None = None
+    distributed: Literal["ddp", "fsdp2"] = "ddp"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = None
 

@@ -14,17 +14,18 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe
 from fahooks.recipe.comparison import differences
 from fahooks.surgery import feedback_layers
+from fahooks.training.distributed import of_every_rank, rank, sharded, whole
 from fahooks.training.run_directory import write
 
 VERSION = 4
 
-FREE = ("name", "summary", "paper", "checkpoint", "data.root", "data.download")
+FREE = ("name", "summary", "paper", "checkpoint", "data.root", "data.download", "train.distributed")
 """Keys of a recipe that have no part in what a run computes: they may change before it goes on."""
 
 
@@ -113,7 +114,7 @@ class Checkpoints:
             "recipe": dict(self.recipe),
             "progress": dict(vars(progress)),
             "parts": {name: part.state_dict() for name, part in parts.items()},
-            "best": load_file(best) if progress.best_epoch else {},
+            "best": load_file(best) if progress.best_epoch and rank() == 0 else {},
             "generators": _generators(),
         }
         if rank() == 0:
@@ -224,18 +225,14 @@ def save_weights(path: Path, model: nn.Module) -> None:
     # A layer that several modules share has a key by each of its names.
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module in converted]
     rules = tuple(f"{name}.feedback." if name else "feedback." for name in names)
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith(rules)}
-    _write_weights(path, state)
+    state = whole({key: value for key, value in model.state_dict().items() if not key.startswith(rules)})
+    if rank() == 0:
+        _write_weights(path, state)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Read what `save_weights` wrote into a model, converted or plain."""
-    model.load_state_dict(load_file(path))
-
-
-def rank() -> int:
-    """The number of this process among those that train together; 0 where it is alone."""
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    model.load_state_dict(sharded(load_file(path), model.state_dict()))
 
 
 def _dump(state: dict[str, Any], file: BinaryIO) -> None:
@@ -250,12 +247,8 @@ def _dump(state: dict[str, Any], file: BinaryIO) -> None:
 
 def _generators() -> list[dict[str, Tensor | None]]:
     """The states of the random number generators, of every rank."""
-    own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [own]
-    every: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(every, own)
-    return every
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return of_every_rank({"cpu": torch.get_rng_state(), "cuda": cuda})
 
 
 def _write_weights(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -9,11 +9,13 @@ from rich.console import Console
 
 from fahooks.plugins import InputError, datasets, rules
 from fahooks.recipe import Recipe, find
+from fahooks.training import distributed
 from fahooks.training.checkpoint import check_same
+from fahooks.training.distributed import told
 from fahooks.training.failures import recorded
 from fahooks.training.fitting import load_fitting
 from fahooks.training.loop import Result, train
-from fahooks.training.run_directory import RunDirectory, fresh_directory
+from fahooks.training.run_directory import Following, RunDirectory, fresh_directory
 from fahooks.training.setup import prepare
 
 QUICKSTART_RULES = ("bp", "fa", "usf_sn")
@@ -33,9 +35,13 @@ def start(name: str, overrides: Sequence[str] = (), out: Path | None = None) -> 
         InputError: recipe, data or directory are not right, or the loss diverged.
         KeyboardInterrupt: the user stopped it; the message says how to go on.
     """
+    before = distributed.started_again()
+    if before is not None:
+        return resume(before)
     source = find(name)
     setup = prepare(load_fitting(source, overrides))
-    run = RunDirectory.create(setup.recipe, source, out=out, overrides=overrides, choices=setup.choices)
+    run = _seen(told(lambda: RunDirectory.create(setup.recipe, source, out=out, overrides=overrides, choices=setup.choices).path))
+    distributed.remember(run.path)
     with run.alone():
         return final_line(setup.recipe, train(setup, run), run)
 
@@ -48,7 +54,8 @@ def resume(path: Path) -> str:
         Failed: something else went wrong; the message says what.
         KeyboardInterrupt: the user stopped it; the message says how to go on.
     """
-    run, recipe = RunDirectory.reopen(path)
+    run, recipe = type(_seen(path)).reopen(path)
+    distributed.remember(run.path)
     with run.alone():
         with recorded(run):
             setup = prepare(recipe)
@@ -71,9 +78,11 @@ def resume_newest(name: str, overrides: Sequence[str] = (), out: Path | None = N
         KeyboardInterrupt: the user stopped it; the message says how to go on.
     """
     asked = load_fitting(name, overrides)
-    run = RunDirectory.newest(asked.name, asked.seed) if out is None else RunDirectory(out)
-    if run is None or not run.begun:
+    run = told(lambda: RunDirectory.newest(asked.name, asked.seed) if out is None else RunDirectory(out))
+    if run is None or not told(lambda: run.begun):
         return start(name, overrides, out)
+    run = _seen(run.path)
+    distributed.remember(run.path)
     begun_with = run.made_from
     if asked.data.loader == "auto":  # it chose when the run began
         asked = asked.model_copy(update={"data": asked.data.model_copy(update={"loader": begun_with["data"]["loader"]})})
@@ -119,6 +128,11 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
             Console().print(f"{rule}: {rules.get(rule).summary}", highlight=False, markup=False, soft_wrap=True)
             train(setup, run)
     return folder
+
+
+def _seen(path: Path) -> RunDirectory:
+    """The run directory at `path`, which rank 0 alone writes to."""
+    return RunDirectory(path) if distributed.rank() == 0 else Following(path)
 
 
 def final_line(recipe: Recipe, result: Result, run: RunDirectory) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from fahooks.plugins import Failed, InputError
+from fahooks.training.distributed import fails_first, somebody_failed
 from fahooks.training.run_directory import RunDirectory
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -21,18 +22,24 @@ MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 def recorded(run: RunDirectory) -> Iterator[None]:
     """Leave in status.json how the block ended before its time, and in failure.txt the traceback of a fault of the program.
 
+    Of several processes the first one that fails leaves it: the others fail since it is gone.
+
     Raises:
         Failed: anything else than a stop and wrong input ended it; the error itself is its cause.
     """
     try:
         yield
     except KeyboardInterrupt:
-        run.status("interrupted", resume=f"fahooks train --resume {run.path}")
+        if not somebody_failed():
+            run.status("interrupted", resume=f"fahooks train --resume {run.path}")
         raise
     except InputError as error:
-        _record(run, error, str(error))
+        if fails_first():
+            _record(run, error, str(error))
         raise
     except Exception as error:
+        if not fails_first():
+            raise
         known = reason(error, run) or _fault(error, run)
         _record(run, error, known)
         raise Failed(known) from error
@@ -62,6 +69,8 @@ def reason(error: BaseException, run: RunDirectory) -> str | None:
         asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         what = f" ({asked[1]} more were asked for)" if asked else ""
         return f"out of memory{what}: free some, then {again}; or start anew with a lower data.batch_size"
+    if is_lost_process(error):
+        return f"another process of this run is gone, maybe killed: {again}, by torchrun again if you like"
     if not isinstance(error, OSError) or error.errno is None:
         return None
     where = repr(str(error.filename)) if error.filename is not None else f"the run directory {str(run.path)!r}"
@@ -77,3 +86,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "not enough memory" in str(error))
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether a process that this one trains with does not answer any more; gloo says so in a RuntimeError."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error) and any(words in str(error) for words in lost)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 
 from fahooks.data import Batch
@@ -19,6 +21,7 @@ from fahooks.plugins import InputError
 from fahooks.probes import Probe
 from fahooks.training import checkpoint
 from fahooks.training.checkpoint import Checkpoints, Progress
+from fahooks.training.distributed import any_rank, rank, share_buffers, total, world
 from fahooks.training.divergence import origin
 from fahooks.training.failures import recorded
 from fahooks.training.progress import Display
@@ -64,7 +67,7 @@ class Sitting:
         progress: how far the run is.
         checkpoints: of the run.
         probe: measures its learning signals.
-        board: TensorBoard's.
+        board: TensorBoard's; None on other ranks than 0.
         display: what a person sees.
         stop: whether it was asked to stop.
         begun: when it would have begun, had it been trained in one go.
@@ -76,18 +79,25 @@ class Sitting:
     progress: Progress
     checkpoints: Checkpoints
     probe: Probe
-    board: SummaryWriter
+    board: SummaryWriter | None
     display: Display
     stop: Stop
     begun: float
     saved: float
 
     @property
-    def due(self) -> bool:
-        """Whether it is time to save, in the middle of an epoch."""
-        when = self.setup.recipe.checkpoint
-        by_steps = when.every is not None and self.progress.step % when.every == 0
-        return by_steps or (when.minutes is not None and time.perf_counter() - self.saved > 60 * when.minutes)
+    def due_by_steps(self) -> bool:
+        """Whether the recipe wants a checkpoint after this step."""
+        every = self.setup.recipe.checkpoint.every
+        return every is not None and self.progress.step % every == 0
+
+    def asked(self, look: bool) -> tuple[bool, bool]:
+        """Whether the run was asked to stop, and whether it is time to save. Several ranks agree on it where they `look`."""
+        if world() > 1 and not look:
+            return False, False
+        minutes = self.setup.recipe.checkpoint.minutes
+        by_minutes = minutes is not None and time.perf_counter() - self.saved > 60 * minutes
+        return any_rank(self.stop.requested), any_rank(by_minutes) or self.due_by_steps
 
     @property
     def ended(self) -> bool:
@@ -101,9 +111,10 @@ class Sitting:
         Raises:
             Diverged: a weight is not finite; the checkpoints are as before.
         """
-        if not _finite(self.setup.model):
+        if any_rank(not _finite(self.setup.model)):
             raise Diverged(f"a weight was infinite or not a number after step {self.progress.step}")
-        self.board.flush()  # or a kill would take events of steps that are not taken again
+        if self.board is not None:
+            self.board.flush()  # or a kill would take events of steps that are not taken again
         self.progress.seconds = time.perf_counter() - self.begun
         self.checkpoints.save(self.setup.parts, self.progress, self.run.best)
         self.saved = time.perf_counter()
@@ -131,11 +142,12 @@ def train(setup: Setup, run: RunDirectory, *, resume: bool = False, console: Con
     with recorded(run), Stop() as stop:
         run.status("running")
         try:
-            result = _train(setup, run, resume, console or Console(), stop)
+            result = _train(setup, run, resume, console or Console(quiet=rank() != 0), stop)
         except KeyboardInterrupt as error:
             what = str(error) or "stopped"
             raise KeyboardInterrupt(f"{what}; go on with `fahooks train --resume {run.path}`") from error
-        _plot(run)
+        if rank() == 0:
+            _plot(run)
         run.status("finished", result=asdict(result))
     return result
 
@@ -151,7 +163,7 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
     epochs = recipe.train.epochs
     with (
         Display(recipe.name, console, steps=setup.steps, done=progress.step) as display,
-        _board(run, progress.step if resume else None) as board,
+        _board(run, progress.step if resume else None) if rank() == 0 else nullcontext() as board,
     ):
         now = time.perf_counter()
         sitting = Sitting(setup, run, progress, checkpoints, probe, board, display, stop, now - progress.seconds, now)
@@ -181,14 +193,16 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
 
 
 def _explained(sitting: Sitting, error: Diverged) -> Diverged:
-    """The error, with the step, the layer and the pass that it came from."""
-    last = sitting.progress.step
+    """The error, with the step, the layer and the pass that it came from, which one process alone can find."""
+    last, newest = sitting.progress.step, sitting.checkpoints.paths()[0]
+    todo = f"lower optim.lr (it was {sitting.progress.lr:g}), or set train.clip_norm; the last checkpoint is {newest}"
+    if world() > 1:
+        return Diverged(f"{error}: resumed in one process, the run says which layer it came from; {todo}")
     sitting.display.line(f"{error}: the steps since the last checkpoint are taken again, to find where that came from")
     steps = range(last - LOOK_EVERY, last + 1)
     found = origin(sitting.setup, sitting.checkpoints, sitting.run.best, steps, sitting.stop)
     where = "taken again, the same steps stay finite" if found is None else f"first at step {found[0]}, {found[1]}"
-    todo = f"lower optim.lr (it was {sitting.progress.lr:g}), or set train.clip_norm"
-    return Diverged(f"{error}: {where}; {todo}; the last checkpoint is {sitting.checkpoints.paths()[0]}")
+    return Diverged(f"{error}: {where}; {todo}")
 
 
 def _epoch(sitting: Sitting, epoch: int) -> None:
@@ -226,8 +240,9 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
     every = setup.recipe.probes.every
     if progress.batch == 0:
         progress.lr = setup.optimizer.param_groups[0]["lr"]
-    loss_sum = torch.tensor(progress.loss_sum, device=setup.device)
-    wrong = torch.tensor(progress.wrong, device=setup.device)
+    # Each rank adds up its own, on top of what rank 0 has from before.
+    loss_sum = torch.tensor(progress.loss_sum if rank() == 0 else 0.0, device=setup.device)
+    wrong = torch.tensor(progress.wrong if rank() == 0 else 0, device=setup.device)
     begun = time.perf_counter() - progress.epoch_seconds
     setup.train.set_epoch(epoch, start=progress.batch)
     for batch in () if sitting.ended else setup.train:
@@ -241,9 +256,10 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
         loss_sum += losses
         wrong += missed
         last = progress.batch == len(setup.train) or sitting.ended
-        stopping, due = sitting.stop.requested, sitting.due
-        if progress.step % LOOK_EVERY == 0 or last or stopping or due:
-            progress.loss_sum, progress.wrong = loss_sum.item(), int(wrong)
+        look = progress.step % LOOK_EVERY == 0 or last or sitting.due_by_steps
+        stopping, due = sitting.asked(look)
+        if look or stopping or due:
+            progress.loss_sum, progress.wrong = total(loss_sum).item(), int(total(wrong))
             progress.epoch_seconds = time.perf_counter() - begun
             if not math.isfinite(progress.loss_sum):
                 raise Diverged(f"the loss was {progress.loss_sum} by step {progress.step}, in epoch {epoch}")
@@ -278,15 +294,16 @@ def evaluate(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None
         Stopped: `stop` was asked for.
     """
     model = setup.evaluated.eval()
+    share_buffers(model)
     loss = 0.0
     wrong = seen = 0
     for batch in stream:
-        if stop is not None and stop.requested:
+        if stop is not None and any_rank(stop.requested):
             raise Stopped
         with setup.autocast:
             logits = model(batch.images)
-        loss += F.cross_entropy(logits.float(), known(batch), reduction="sum").item()
-        wrong += int(mistakes(logits, known(batch)))
+        loss += total(F.cross_entropy(logits.float(), known(batch), reduction="sum")).item()
+        wrong += int(total(mistakes(logits, known(batch))))
         seen += batch.count
     return {f"{name}_loss": loss / seen, f"{name}_error": 100 * wrong / seen}
 
@@ -317,9 +334,10 @@ def _curves(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name not in ("kind", "epoch", "step") and value is not None}
 
 
-def _to_board(board: SummaryWriter, values: dict[str, float], step: int) -> None:
+def _to_board(board: SummaryWriter | None, values: dict[str, float], step: int) -> None:
     for name, value in values.items():
-        board.add_scalar(name, value, step)
+        if board is not None:
+            board.add_scalar(name, value, step)
 
 
 def _plot(run: RunDirectory) -> None:
@@ -330,4 +348,5 @@ def _plot(run: RunDirectory) -> None:
 
 
 def _finite(model: nn.Module) -> bool:
-    return bool(torch.stack([weight.isfinite().all() for weight in model.parameters()]).all())
+    own = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
+    return bool(torch.stack([weight.isfinite().all() for weight in own]).all())

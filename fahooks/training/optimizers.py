@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -14,11 +17,20 @@ from fahooks import recipe
 def make_optimizer(model: nn.Module, config: recipe.Adam | recipe.AdamW | recipe.SGD) -> Optimizer:
     """The optimizer that `config` describes, for every parameter of `model` that requires a gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    # torch knows no fused step for some optimizers where parameters are sharded.
+    fused = not any(isinstance(p, DTensor) for p in parameters)
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     if isinstance(config, recipe.SGD):
-        return SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, **common)
-    kind = Adam if isinstance(config, recipe.Adam) else AdamW
-    return kind(parameters, betas=config.betas, **common)
+        optimizer = SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, **common)
+    else:
+        optimizer = (Adam if isinstance(config, recipe.Adam) else AdamW)(parameters, betas=config.betas, **common)
+    optimizer.register_load_state_dict_pre_hook(partial(_keep_fused, fused))
+    return optimizer
+
+
+def _keep_fused(fused: bool, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state to go on from, with steps fused as they are here, not as where it was saved."""
+    return {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
 
 
 def make_schedule(

@@ -200,6 +200,37 @@ class RunDirectory:
         return [json.loads(line) for line in lines[:-1]]
 
 
+class Following(RunDirectory):
+    """The run directory as the processes see it that train with another one, rank 0, which alone writes into it.
+
+    All that they leave is how they failed.
+    """
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Rank 0 holds the directory for all."""
+        yield
+
+    def write(self, name: str, text: str) -> None:
+        """Write nothing but how this process failed."""
+        if name in ("status.json", self.failure.name):
+            super().write(name, text)
+
+    def status(self, state: str, **details: Any) -> None:
+        """Record that the run failed; other states are rank 0's to record."""
+        if state == "failed":
+            super().status(state, **details)
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Leave it to rank 0."""
+
+    def trim(self, epoch: int, step: int) -> None:
+        """Leave it to rank 0."""
+
+    def summarise(self) -> None:
+        """Leave it to rank 0."""
+
+
 def write(path: Path, content: Callable[[BinaryIO], Any]) -> None:
     """Write a file atomically: a reader, or a crash at any moment, sees the old one or the new one.
 

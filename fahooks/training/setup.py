@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -24,6 +25,8 @@ from fahooks.plugins import models as registered
 from fahooks.recipe import Recipe, left_out, own_options, with_defaults
 from fahooks.rules import targets
 from fahooks.surgery import Report, convert, feedback_rules
+from fahooks.surgery.choice import generator_seed
+from fahooks.training import distributed
 from fahooks.training.average import Average
 from fahooks.training.checkpoint import Stateful
 from fahooks.training.optimizers import make_optimizer, make_schedule
@@ -44,7 +47,8 @@ class Setup:
         validation: the images that choose the best epoch.
         test: the images that only the finished model sees.
         model: the network, converted.
-        forward: the model, or its compiled version.
+        wrapped: what a forward pass in training calls: the model, or what makes it one of several.
+        forward: the same, or its compiled version.
         report: what the conversion did.
         optimizer: for every parameter of the model that requires a gradient.
         schedule: moved on at every step.
@@ -61,6 +65,7 @@ class Setup:
     validation: Stream
     test: Stream
     model: nn.Module
+    wrapped: nn.Module
     forward: Callable[[Tensor], Tensor]
     report: Report
     optimizer: Optimizer
@@ -92,7 +97,8 @@ class Setup:
             "scaler": self.scaler,
             "average": self.average,
         }
-        return {name: part for name, part in parts.items() if part is not None}
+        whole = distributed.Whole if isinstance(self.model, FSDPModule) else lambda part: part
+        return {name: whole(part) for name, part in parts.items() if part is not None}
 
 
 def prepare(recipe: Recipe) -> Setup:
@@ -108,7 +114,8 @@ def prepare(recipe: Recipe) -> Setup:
     _set_precision(recipe.train.precision, device)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    dataset = load_dataset(recipe)
+    with distributed.rank_0_first():
+        dataset = load_dataset(recipe)
     choices = {}
     if recipe.data.loader == "auto":
         loader, reason = choose_for(recipe, dataset)
@@ -130,10 +137,17 @@ def prepare(recipe: Recipe) -> Setup:
     autocast = torch.autocast(device.type, precision, enabled=precision is not None)
     _try(model, recipe.model.name, next(iter(train)), dataset.classes, autocast)
     _try_smallest_pass(model, recipe, train, autocast)
+    wrapped = distributed.wrap(model, recipe.train.distributed, device)
+    _check_whole(recipe, model)
     optimizer = make_optimizer(model, recipe.optim)
     average = None
     if plain is not None and recipe.train.ema is not None:
-        average = Average(cast(Any, plain).to(device, memory_format=memory_format), model, recipe.train.ema)
+        plain = cast(Any, plain).to(device, memory_format=memory_format)
+        if isinstance(model, FSDPModule):
+            distributed.shard(plain, device)
+        average = Average(plain, model, recipe.train.ema)
+    if distributed.rank() != 0:  # dropout is to differ from rank to rank
+        torch.manual_seed(generator_seed(recipe.seed, f"rank {distributed.rank()}"))
     return Setup(
         recipe=recipe,
         choices=choices,
@@ -142,7 +156,8 @@ def prepare(recipe: Recipe) -> Setup:
         validation=validation,
         test=test,
         model=model,
-        forward=cast(Any, torch.compile(model)) if recipe.train.compile else model,
+        wrapped=wrapped,
+        forward=cast(Any, torch.compile(wrapped)) if recipe.train.compile else wrapped,
         report=report,
         optimizer=optimizer,
         schedule=make_schedule(optimizer, recipe.schedule, epochs=recipe.train.epochs, steps=len(train)),
@@ -281,7 +296,23 @@ def _try_smallest_pass(model: nn.Module, recipe: Recipe, train: Stream, autocast
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device=cuda, but torch finds no GPU here: use train.device=cpu, or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _check_whole(recipe: Recipe, model: nn.Module) -> None:
+    """Refuse what needs whole weights where they are sharded.
+
+    Raises:
+        InputError: probes, and float16, whose scaler looks for infinite gradients on each rank alone.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    if recipe.probes.every is not None:
+        raise InputError("probes.every measures whole gradients, and train.distributed=fsdp2 shards them: use ddp, or no probes")
+    if recipe.train.precision == "fp16":
+        raise InputError("train.precision=fp16 needs whole gradients, and train.distributed=fsdp2 shards them: use bf16, or ddp")
 
 
 def _set_precision(precision: str, device: torch.device) -> None:
@@ -328,10 +359,13 @@ def _streams(recipe: Recipe, parts: Split, device: torch.device) -> tuple[Stream
         channels_last=recipe.train.channels_last,
         augment=augment,
         corrupt=recipe.data.corrupt,
+        rank=distributed.rank(),
+        world=distributed.world(),
     )
     evaluation = replace(training, training=False, batch_size=EVALUATION_BATCH if small else recipe.data.batch_size)
     views = ((parts.train, training), (parts.validation, evaluation), (parts.test, evaluation))
-    for examples, _ in views:
-        loader.prepare(examples, corrupt=recipe.data.corrupt)
+    with distributed.rank_0_first():
+        for examples, _ in views:
+            loader.prepare(examples, corrupt=recipe.data.corrupt)
     train, validation, test = (loader.open(examples, view) for examples, view in views)
     return train, validation, test

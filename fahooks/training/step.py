@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fahooks.data import Batch
 from fahooks.rules import IGNORED, targets
+from fahooks.training.distributed import reducing
 from fahooks.training.setup import Setup
 
 
@@ -30,9 +31,11 @@ def take_step(setup: Setup, batch: Batch) -> tuple[Tensor, Tensor]:
     passes = max(1, min(config.accumulate, batch.count // setup.train.view.world))
 
     setup.optimizer.zero_grad()
-    for images, labels in zip(batch.images.tensor_split(passes), known(batch).tensor_split(passes), strict=True):
-        loss, summed, logits = loss_of(setup, setup.forward, images, labels, count=batch.count)
-        loss.backward()
+    parts = zip(batch.images.tensor_split(passes), known(batch).tensor_split(passes), strict=True)
+    for number, (images, labels) in enumerate(parts, 1):
+        with reducing(setup.wrapped, last=number == passes):
+            loss, summed, logits = loss_of(setup, setup.forward, images, labels, count=batch.count)
+            loss.backward()
         losses += summed.detach()
         wrong += mistakes(logits, labels)
 

@@ -1,0 +1,49 @@
+"""`python in_float64.py RECIPE CASES OUT`, or by torchrun: train a recipe in float64 once for each of a JSON file's overrides.
+
+`in_float64.py RUN resume OUT` goes on with a run instead.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fahooks.plugins import InputError, models
+from fahooks.training import commands, distributed, loop
+
+
+@models.register("in_float64", summary="Two convolutions and two linear maps, for images of 8x8 pixels in float64.")
+class InFloat64(nn.Module):
+    def __init__(self, classes: int = 10, norm: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.Tanh()),
+            nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, groups=2), nn.Tanh()),
+            nn.Sequential(nn.Flatten(), nn.Linear(72, 16), nn.Tanh()),
+        )
+        self.head = nn.Linear(16, classes)
+        self.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.blocks(images.double()))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    loop._plot = lambda run: None  # half of the time of such short runs
+    recipe, cases, out = sys.argv[1:]
+    with distributed.joined():
+        if cases == "resume":
+            commands.resume(Path(recipe))
+            sys.exit()
+        for name, overrides in json.loads(Path(cases).read_text()).items():
+            try:
+                line = commands.start(recipe, overrides, Path(out) / name)
+            except InputError as error:
+                line = str(error)
+            if distributed.rank() == 0:
+                (Path(out) / f"{name}.txt").write_text(line)

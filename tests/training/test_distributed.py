@@ -1,0 +1,233 @@
+"""`fahooks train` in two processes, started by torchrun, beside one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fahooks.training import checkpoint
+
+HERE = Path(__file__).parent
+
+# 100 images are trained on: the last batch of an epoch has one, which leaves rank 1 without.
+RECIPE = """\
+name: float64
+model: {name: in_float64}
+feedback: [{match: "*", rule: fa}]
+data: {dataset: digits, batch_size: 33, validation: 21, limit: 121}
+optim: {name: sgd, lr: 0.1, momentum: 0.9, weight_decay: 0.01}
+train: {epochs: 2, device: cpu, threads: 1}
+seed: 0
+"""
+
+SHARED = ["bp", "fa", "usf", "usf_init", "usf_sn", "frsf", "brsf", "dfa", "dense_fa", "drtp"]
+HOOKS = ["constant_norm", "dale", "freeze_signs, after: 3", "manhattan", "alignment"]
+OPTIONS = ["train.accumulate=3", "train.clip_norm=0.5", "train.label_smoothing=0.1", "train.ema=0.9"]
+
+LONG = ["train.epochs=3", "train.ema=0.9", "checkpoint.every=1", "checkpoint.keep=100"]
+
+DDP = {
+    **{f"rule {rule}": [f"feedback=[{{rule: {rule}}}]"] for rule in [*SHARED, "kp", "wm"]},
+    **{f"hook {hook}": [f"hooks=[{{name: {hook}}}]"] for hook in HOOKS},
+    **{f"options {rule}": [*OPTIONS, f"feedback=[{{rule: {rule}}}]"] for rule in ("usf_sn", "drtp")},
+    "adamw": ["optim={name: adamw, lr: 1e-3}", "schedule={name: cosine, warmup: 1}"],
+    "probes": ["probes.every=2"],
+    "long": LONG,
+}
+# The gradients of the other rules are compared in tests/test_distributed.py.
+FEW = {name: overrides for name, overrides in DDP.items() if name not in ("rule bp", "rule usf", "rule usf_init", "rule frsf")}
+FSDP2 = {name: [*overrides, "train.distributed=fsdp2"] for name, overrides in FEW.items()}
+REFUSED = ["hook alignment", "rule kp", "rule wm", "probes"]
+
+
+def torchrun(*arguments: str | Path, restarts: int = 0, processes: int = 2) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*start, "--max-restarts", str(restarts), *map(str, arguments)]
+
+
+def call(command: Sequence[str | Path], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of the runs of one process, of two by DDP, and of two by FSDP2."""
+    place = tmp_path_factory.mktemp("trained")
+    (place / "r.yaml").write_text(RECIPE)
+    folders = {}
+    for name, cases in (("alone", DDP), ("ddp", DDP), ("fsdp2", FSDP2)):
+        folders[name] = place / name
+        folders[name].mkdir()
+        (place / f"{name}.json").write_text(json.dumps(cases))
+        arguments = [HERE / "in_float64.py", place / "r.yaml", place / f"{name}.json", folders[name]]
+        done = call([sys.executable, *arguments] if name == "alone" else torchrun(*arguments))
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folders
+
+
+def parts(run: Path) -> dict[str, Any]:
+    """What the last checkpoint has of model, optimizer, hooks and average, as tensors by name."""
+    newest = max((run / "checkpoints").glob("*.pt"))
+    state = checkpoint.read(newest)["parts"]
+    return {name: state[name] for name in ("model", "optimizer", "hooks", "average") if name in state}
+
+
+def assert_same(ours: Any, theirs: Any, where: str) -> None:
+    if isinstance(ours, Tensor):
+        assert type(ours) is Tensor, where
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=lambda m: f"{where}: {m}")
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key, value in ours.items():
+            if key == "fused":  # steps of sharded parameters are not
+                continue
+            assert_same(value, theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for number, (value, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(value, other, f"{where}.{number}")
+    else:
+        assert ours == theirs, where
+
+
+def without_words(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not isinstance(value, str)}
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in lines if row["kind"] != "probe"
+    ]
+
+
+@pytest.mark.parametrize("case", DDP)
+def test_two_processes_by_ddp_train_as_one(trained: dict[str, Path], case: str) -> None:
+    one, two = trained["alone"] / case, trained["ddp"] / case
+    assert_same(parts(two), parts(one), case)
+    assert [row.keys() for row in rows(two)] == [row.keys() for row in rows(one)]
+    for ours, theirs in zip(rows(two), rows(one), strict=True):
+        assert without_words(ours) == pytest.approx(without_words(theirs), rel=1e-5)
+    assert (two / "status.json").read_text().count('"finished"') == 1
+    assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
+
+
+@pytest.mark.parametrize("case", [case for case in FSDP2 if case not in REFUSED])
+def test_two_processes_by_fsdp2_train_as_one_and_their_checkpoints_are_whole(trained: dict[str, Path], case: str) -> None:
+    assert_same(parts(trained["fsdp2"] / case), parts(trained["alone"] / case), case)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_needs_whole_weights_is_refused_by_fsdp2_in_one_line(trained: dict[str, Path], case: str) -> None:
+    line = (trained["fsdp2"] / f"{case}.txt").read_text()
+    assert "\n" not in line and ("sharded (fully_shard)" in line or "train.distributed=fsdp2 shards them" in line)
+    assert not (trained["fsdp2"] / case).exists()
+
+
+def test_the_rules_differ(trained: dict[str, Path]) -> None:
+    """Control: what is compared depends on the rule, and the weights moved."""
+    fa, bp = (parts(trained["ddp"] / f"rule {rule}")["model"]["blocks.0.0.weight"] for rule in ("fa", "bp"))
+    first = checkpoint.read(min((trained["ddp"] / "rule fa" / "checkpoints").glob("*.pt")))
+    assert not torch.allclose(fa, bp, rtol=1e-3)
+    assert first["progress"]["step"] == 8
+    assert len(rows(trained["ddp"] / "rule fa")) == 4
+
+
+RUN = """\
+name: run
+model: {name: paper/mnist}
+feedback: [{match: "*", rule: kp}]
+data: {dataset: digits, batch_size: 33, validation: 21, limit: 321}
+optim: {name: adam, lr: 1e-3}
+train: {epochs: 3, device: cpu, threads: 1}
+checkpoint: {every: 4}
+seed: 0
+"""
+
+
+@pytest.mark.parametrize(("begun", "processes"), [("fsdp2", 1), ("alone", 2)])
+def test_another_number_of_processes_goes_on_with_a_run(
+    trained: dict[str, Path], tmp_path: Path, begun: str, processes: int
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained[begun] / "long", run)
+    for path in sorted((run / "checkpoints").glob("*.pt"))[7:]:  # as if it had been killed after six steps
+        path.unlink()
+    (run / "status.json").write_text("{}")
+    resolved = run / "resolved.yaml"
+    resolved.write_text(resolved.read_text().replace("distributed: ddp", "distributed: fsdp2"))
+    arguments = [HERE / "in_float64.py", run, "resume", tmp_path]
+    done = call([sys.executable, *arguments] if processes == 1 else torchrun(*arguments))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "goes on after step 6, in epoch 2/3" in done.stdout
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert_same(parts(run), parts(trained["alone"] / "long"), begun)
+
+
+def test_an_error_on_one_rank_ends_all_with_one_message(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RUN)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from fahooks.training import loop\n"
+        "    def fails(*_): raise RuntimeError('disk on fire')\n"
+        "    loop.take_step = fails\n"
+    )
+    command = torchrun("-m", "fahooks", "train", tmp_path / "r.yaml", "--out", tmp_path / "run")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("fahooks:")]
+    assert len(said) == 1 and said[0].startswith("fahooks: RuntimeError: disk on fire; this is a fault of fahooks or a plugin")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and status["reason"].startswith("RuntimeError: disk on fire")
+    assert "in fails" in (tmp_path / "run" / "failure.txt").read_text()
+
+
+def test_wrong_input_is_said_once(tmp_path: Path) -> None:
+    done = call(torchrun("-m", "fahooks", "train", "mnist/fa", "--set", "train.epoch=1"))
+    assert done.returncode != 0
+    assert done.stderr.count("unknown key") == 1
+
+
+def test_a_killed_worker_is_started_again_and_the_run_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RUN)
+    run = tmp_path / "run"
+    long = ["--set", "train.epochs=40", "--set", "checkpoint.every=3"]
+    command = torchrun("-m", "fahooks", "train", tmp_path / "r.yaml", *long, "--out", run, restarts=1)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as agent:
+        try:
+            deadline = time.monotonic() + 120
+            while not list((run / "checkpoints").glob("step-0000000[3-9]*.pt")) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            workers = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+            ranks = {environ_of(pid).get("RANK"): pid for pid in workers}
+            os.kill(ranks["1"], signal.SIGKILL)
+            assert agent.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+        finally:
+            agent.terminate()
+    text = (tmp_path / "log").read_text()
+    assert "another process of this run is gone, maybe killed" in text
+    assert "goes on after step" in text
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    epochs = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"epoch"' in line[:20]]
+    assert epochs == list(range(1, 41))
+
+
+def environ_of(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
