@@ -79,7 +79,7 @@ def resume_newest(name: str, overrides: Sequence[str] = (), out: Path | None = N
     """
     asked = load_fitting(name, overrides)
     run = told(lambda: RunDirectory.newest(asked.name, asked.seed) if out is None else RunDirectory(out))
-    if run is None or not told(lambda: run.begun):
+    if run is None or not told(lambda run=run: run.begun):
         return start(name, overrides, out)
     run = _seen(run.path)
     distributed.remember(run.path)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -56,7 +57,7 @@ def joined() -> Iterator[None]:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         # Each attempt has a name: addresses of processes that are gone must not be found in a store that outlives them.
-        store=dist.PrefixStore(f"attempt {_attempt()}", _store()),
+        store=PrefixStore(f"attempt {_attempt()}", _store()),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
@@ -102,12 +103,12 @@ def _attempt() -> int:
 
 
 @functools.cache
-def _store() -> dist.Store:
+def _store() -> Store:
     """What the processes find each other by: the store of torchrun's agent, which outlives them, or else one of rank 0's."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     server = os.environ["RANK"] == "0" and not agent
-    return dist.PrefixStore("fahooks", dist.TCPStore(address, port, is_master=server, wait_for_workers=False))
+    return PrefixStore("fahooks", TCPStore(address, port, is_master=server, wait_for_workers=False))
 
 
 @contextmanager
@@ -181,6 +182,11 @@ def shard(model: nn.Module, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each rank holds a part of the parameters."""
+    return isinstance(model, FSDPModule)
+
+
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if isinstance(module, nn.Sequential | nn.ModuleList) and not isinstance(child, nn.ModuleList | nn.ModuleDict):
@@ -224,7 +230,7 @@ def sharded(state: Any, like: Any) -> Any:
     if isinstance(like, DTensor) and isinstance(state, Tensor):
         return distribute_tensor(state.to(like.device), like.device_mesh, like.placements)
     if isinstance(like, Mapping) and isinstance(state, Mapping):
-        return type(state)((key, sharded(value, like.get(key))) for key, value in state.items())
+        return {key: sharded(value, like.get(key)) for key, value in state.items()}
     if isinstance(like, list | tuple) and isinstance(state, list | tuple) and len(like) == len(state):
         return [sharded(value, other) for value, other in zip(state, like, strict=True)]
     return state

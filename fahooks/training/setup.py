@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -97,7 +96,7 @@ class Setup:
             "scaler": self.scaler,
             "average": self.average,
         }
-        whole = distributed.Whole if isinstance(self.model, FSDPModule) else lambda part: part
+        whole = distributed.Whole if distributed.is_sharded(self.model) else lambda part: part
         return {name: whole(part) for name, part in parts.items() if part is not None}
 
 
@@ -143,7 +142,7 @@ def prepare(recipe: Recipe) -> Setup:
     average = None
     if plain is not None and recipe.train.ema is not None:
         plain = cast(Any, plain).to(device, memory_format=memory_format)
-        if isinstance(model, FSDPModule):
+        if distributed.is_sharded(model):
             distributed.shard(plain, device)
         average = Average(plain, model, recipe.train.ema)
     if distributed.rank() != 0:  # dropout is to differ from rank to rank
@@ -307,7 +306,7 @@ def _check_whole(recipe: Recipe, model: nn.Module) -> None:
     Raises:
         InputError: probes, and float16, whose scaler looks for infinite gradients on each rank alone.
     """
-    if not isinstance(model, FSDPModule):
+    if not distributed.is_sharded(model):
         return
     if recipe.probes.every is not None:
         raise InputError("probes.every measures whole gradients, and train.distributed=fsdp2 shards them: use ddp, or no probes")
