@@ -109,10 +109,10 @@ def _choice(rule: Any, options: Mapping[str, Any]) -> Choice:
 
 def _choice_of(entry: plugins.Entry, options: Mapping[str, Any]) -> Choice:
     rule: Any = entry.target
-    if rule.forward is Rule.forward or (issubclass(rule, DirectRule) and rule.around is DirectRule.around):
-        raise ConversionError(
-            f"rule {entry.name!r} does not say what it sends back: a subclass of fahooks.Rule has a method forward"
-        )
+    direct = issubclass(rule, DirectRule)
+    if rule.around is DirectRule.around if direct else rule.forward is Rule.forward:
+        missing = "DirectRule has a method around(call, input)" if direct else "fahooks.Rule has a method forward(weight)"
+        raise ConversionError(f"rule {entry.name!r} does not say what it sends back: a subclass of {missing}")
     entry.build(**options)
     return Choice(lambda: rule(**options), (rule, *_flat(options)), entry.name)
 
