@@ -14,7 +14,7 @@ from fahooks.plugins import Failed, InputError, PluginWarning, near
 COMMANDS = {
     "bench": ("fahooks.cli.bench", "Measure what a rule, or the training loop, costs."),
     "convert": ("fahooks.cli.convert", "Convert MODEL, with random weights, to feedback alignment and verify it."),
-    "cp": ("fahooks.cli.cp", "Copy a shipped recipe to a new file, to edit it."),
+    "cp": ("fahooks.cli.cp", "Copy the shipped RECIPE (`fahooks ls recipes`) to the new FILE, to edit it."),
     "data": ("fahooks.cli.data", "Write what the loader of a recipe reads, and compare how fast loaders are."),
     "doctor": ("fahooks.cli.doctor", "Say what this machine has for training, what is missing, and what installs it."),
     "eval": ("fahooks.cli.eval", "Print the validation and test error of a run."),

@@ -11,7 +11,10 @@ import click
 @click.argument("recipe")
 @click.argument("file", type=click.Path(path_type=Path))
 def cp(recipe: str, file: Path) -> None:
-    """Copy the shipped RECIPE (`fahooks ls recipes`) to the new FILE, to edit it; what is there is never written over."""
+    """Copy the shipped RECIPE (`fahooks ls recipes`) to the new FILE, to edit it.
+
+    A file that is there already is never written over.
+    """
     from fahooks.recipe import copy
 
     copy(recipe, file)

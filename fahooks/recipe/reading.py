@@ -232,6 +232,8 @@ def add_file(tree: Tree, source: Source, above: tuple[str, ...]) -> None:
         base = data.pop("base", None)
         if base is not None:
             _add_base(tree, own, base, source, above)
+        elif ("base",) in own.marks and own.problems:
+            tree.whole = False
         _merge(tree, data, own.marks)
     tree.marks[()] = own.marks[()]
     tree.problems += own.problems

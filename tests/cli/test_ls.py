@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from fahooks import plugins
 from fahooks.cli import COMMANDS, main
 from fahooks.cli.ls import KINDS
+from fahooks.rules import Rule
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,7 +108,7 @@ def test_an_unknown_kind_is_refused_with_near_misses():
 
 def test_brackets_in_a_summary_are_printed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(plugins.rules, "_entries", dict(plugins.rules._entries))
-    plugins.rules.register("bracketed", summary="maps [red] to [N, C]")(lambda: None)
+    plugins.rules.register("bracketed", summary="maps [red] to [N, C]")(type("Bracketed", (Rule,), {}))
     assert "maps [red] to [N, C]" in table("rules", "bracketed")["bracketed"]
 
 

@@ -337,7 +337,9 @@ def test_what_grows_when_it_is_read_costs_little(bomb: str, in_tmp: Path):
 
 
 @pytest.mark.parametrize(
-    "change", [f"{'a.' * 5_000}a=1", f"feedback.{'9' * 5_000}.rule=fa", f"seed=0x{'f' * 5_000}", f"name={'[' * 5_000}", "=", ""]
+    "change",
+    [f"{'a.' * 5_000}a=1", f"feedback.{'9' * 5_000}.rule=fa", f"seed=0x{'f' * 5_000}", f"name={'[' * 5_000}", "=", ""],
+    ids=["long key", "large index", "large number", "deep", "no key", "nothing"],
 )
 def test_what_grows_behind_set_costs_little_too(change: str, in_tmp: Path):
     judge(TEXT, [change])
@@ -394,7 +396,7 @@ def test_a_file_that_is_no_recipe_is_refused_with_exit_2_and_nothing_is_written(
     _refused(command, "r.yaml", in_tmp)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: ascii(place[:20]))
 @pytest.mark.parametrize("command", ["train", "validate"])
 def test_a_place_that_is_no_recipe_is_refused_with_exit_2_and_nothing_is_written(place: str, command: str, in_tmp: Path):
     _refused(command, place, in_tmp)
