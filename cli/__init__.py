@@ -17,11 +17,11 @@ COMMANDS = {
     "cp": ("fahooks.cli.cp", "Copy the shipped RECIPE (`fahooks ls recipes`) to the new FILE, to edit it."),
     "data": ("fahooks.cli.data", "Write what the loader of a recipe reads, and compare how fast loaders are."),
     "doctor": ("fahooks.cli.doctor", "Say what this machine has for training, what is missing, and what installs it."),
-    "eval": ("fahooks.cli.eval", "Print the validation and test error of a run."),
+    "eval": ("fahooks.cli.eval", "Print the validation and test error of the run in the directory RUN."),
     "ls": ("fahooks.cli.ls", "List what has a name, with its options and their defaults."),
     "quickstart": ("fahooks.cli.train", "Train bp, fa and usf_sn on real digits, on a CPU in about a minute, and compare them."),
     "reproduce": ("fahooks.cli.reproduce", "Train what is missing of the paper's Table 1, and set ours beside the paper's."),
-    "show": ("fahooks.cli.show", "Print a recipe with every default, and where each value comes from."),
+    "show": ("fahooks.cli.show", "Print RECIPE with its bases, every default and where each value comes from."),
     "train": ("fahooks.cli.train", "Train RECIPE: the name of a shipped recipe (`fahooks ls recipes`) or a file."),
     "validate": ("fahooks.cli.validate", "Check recipes, all shipped ones where none is named, and say what is wrong in each."),
 }

@@ -19,10 +19,11 @@ from .train import SETTINGS, stoppable
 @SETTINGS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 def evaluate(run: Path, weights: Literal["best", "last"], overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print the validation and test error of the run in the directory RUN, finished or not; nothing is written.
+    """Print the validation and test error of the run in the directory RUN.
 
-    The best weights are those with the lowest validation error, the last ones those of the newest checkpoint. --set evaluates on
-    other images (data....), which are normalised as those that were trained on, or elsewhere (train.device, train.threads).
+    It may be finished or not, and nothing is written. The best weights are those with the lowest validation error, the last ones
+    those of the newest checkpoint. --set evaluates on other images (data....), which are normalised as those that were trained
+    on, or elsewhere (train.device, train.threads).
     """
     from fahooks.training.evaluation import evaluate_run
 

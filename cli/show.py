@@ -13,10 +13,10 @@ from .train import SETTINGS
 @click.argument("recipe")
 @SETTINGS
 def show(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Print RECIPE with its bases, every default and where each value comes from; nothing is run.
+    """Print RECIPE with its bases, every default and where each value comes from.
 
-    What is printed is YAML, with the origin of each value as a comment: its file and line, a base, --set, or the default. Only
-    what a model takes from its images, such as the number of classes, is left to the run.
+    Nothing is run. What is printed is YAML, with the origin of each value as a comment: its file and line, a base, --set, or the
+    default. Only what a model takes from its images, such as the number of classes, is left to the run.
     """
     from fahooks.recipe import explain, find
 
