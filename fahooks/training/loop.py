@@ -243,6 +243,7 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
     # Each rank adds up its own, on top of what rank 0 has from before.
     loss_sum = torch.tensor(progress.loss_sum if rank() == 0 else 0.0, device=setup.device)
     wrong = torch.tensor(progress.wrong if rank() == 0 else 0, device=setup.device)
+    seen = torch.tensor(progress.seen if rank() == 0 else 0, device=setup.device)
     begun = time.perf_counter() - progress.epoch_seconds
     setup.train.set_epoch(epoch, start=progress.batch)
     for batch in () if sitting.ended else setup.train:
@@ -252,14 +253,14 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
         losses, missed = take_step(setup, batch)
         progress.step += 1
         progress.batch += 1
-        progress.seen += batch.count
         loss_sum += losses
         wrong += missed
+        seen += batch.valid.sum()
         last = progress.batch == len(setup.train) or sitting.ended
         look = progress.step % LOOK_EVERY == 0 or last or sitting.due_by_steps
         stopping, due = sitting.asked(look)
         if look or stopping or due:
-            progress.loss_sum, progress.wrong = total(loss_sum).item(), int(total(wrong))
+            progress.loss_sum, progress.wrong, progress.seen = total(loss_sum).item(), int(total(wrong)), int(total(seen))
             progress.epoch_seconds = time.perf_counter() - begun
             if not math.isfinite(progress.loss_sum):
                 raise Diverged(f"the loss was {progress.loss_sum} by step {progress.step}, in epoch {epoch}")
@@ -282,29 +283,32 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
 
 def _shown(progress: Progress) -> dict[str, float]:
     """Mean loss, error (percent) and speed (images a second) of the present epoch so far."""
-    seen = progress.seen
+    seen = max(1, progress.seen)  # files that can not be decoded may be all that was met so far
     return {"loss": progress.loss_sum / seen, "error": 100 * progress.wrong / seen, "speed": seen / progress.epoch_seconds}
 
 
 @torch.no_grad()
 def evaluate(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None = None) -> dict[str, Any]:
-    """Mean cross-entropy and error (percent) over all images of `stream`, in evaluation mode, as NAME_loss and NAME_error.
+    """Mean cross-entropy and error (percent) over all valid images of `stream`, in evaluation mode, as NAME_loss and NAME_error.
 
     Raises:
         Stopped: `stop` was asked for.
+        InputError: no image is valid.
     """
     model = setup.evaluated.eval()
     share_buffers(model)
-    loss = 0.0
-    wrong = seen = 0
+    sums = torch.zeros(3, dtype=torch.float64, device=setup.device)  # of losses, of mistakes, and of images
     for batch in stream:
         if stop is not None and any_rank(stop.requested):
             raise Stopped
+        labels = known(batch)
         with setup.autocast:
             logits = model(batch.images)
-        loss += total(F.cross_entropy(logits.float(), known(batch), reduction="sum")).item()
-        wrong += int(total(mistakes(logits, known(batch))))
-        seen += batch.count
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        sums += torch.stack([loss.double(), mistakes(logits, labels).double(), batch.valid.sum().double()])
+    loss, wrong, seen = total(sums).tolist()
+    if not seen:
+        raise InputError(f"no image of the {name} split can be decoded, so there is nothing to measure an error on")
     return {f"{name}_loss": loss / seen, f"{name}_error": 100 * wrong / seen}
 
 

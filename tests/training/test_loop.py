@@ -5,6 +5,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fahooks import models
-from fahooks.data import Stream
-from fahooks.plugins import Failed
+from fahooks.data import Batch, Stream
+from fahooks.plugins import Failed, InputError
 from fahooks.recipe import Recipe
 from fahooks.surgery import convert
 from fahooks.training import checkpoint, loop
@@ -270,6 +271,33 @@ def test_evaluation_is_in_evaluation_mode_and_counts_every_image(tiny: Tiny):
     labels = setup.test.labels
     assert first["test_error"] == pytest.approx(100 * (logits.argmax(1) != labels).float().mean().item())
     assert first["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_a_skipped_image_counts_neither_as_right_nor_as_wrong(tiny: Tiny):
+    setup = prepare(tiny())
+    batch = next(iter(setup.test))
+    wrong = setup.model.eval()(batch.images).argmax(1) != batch.labels
+    assert 0 < wrong.sum() < len(wrong)
+    found = loop.evaluate(setup, [replace(batch, valid=wrong)], "test")
+    assert found["test_error"] == 100
+    expected = F.cross_entropy(setup.model(batch.images)[wrong], batch.labels[wrong])
+    assert found["test_loss"] == pytest.approx(expected.item(), rel=1e-6)
+    with pytest.raises(InputError, match="no image of the test split can be decoded"):
+        loop.evaluate(setup, [replace(batch, valid=torch.zeros_like(wrong))], "test")
+
+
+def test_skipped_images_are_left_out_of_the_training_error(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def half(stream: Stream, *args: Any, original: Any = Stream._batch) -> Batch:
+        batch = original(stream, *args)
+        return replace(batch, valid=torch.arange(len(batch.labels)) % 2 == 0)
+
+    monkeypatch.setattr(Stream, "_batch", half)
+    monkeypatch.setattr(loop, "take_step", lambda setup, batch: (2.0 * batch.valid.sum(), batch.valid.sum()))
+    setup = prepare(tiny("train.epochs=1", "probes.every=null"))
+    directory = RunDirectory.create(setup.recipe, SOURCE, out=tmp_path / "half")
+    train(setup, directory)
+    (row,) = directory.rows("epoch")
+    assert (row["train_loss"], row["train_error"]) == (2, 100)
 
 
 def test_bf16_and_channels_last_train(run: Run):
