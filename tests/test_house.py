@@ -17,7 +17,8 @@ from fahooks import plugins
 ROOT = Path(__file__).resolve().parent.parent
 
 # Imports go one way: functional <- rules <- surgery <- adapters, audit, hooks, probes <- training <- cli.
-# data, recipe and plugins know nothing of surgery; report knows only run directories. Part -> the parts that it may import.
+# data, recipe and plugins know nothing of surgery; report knows only run directories, and the recipe in each.
+# Part -> the parts that it may import.
 MAY_IMPORT = {
     "plugins": set(),
     "functional": set(),
@@ -26,7 +27,7 @@ MAY_IMPORT = {
     "models": {"plugins"},
     "data": {"plugins"},
     "recipe": {"plugins", "models", "data"},
-    "report": {"plugins"},
+    "report": {"plugins", "recipe"},
     "diagnosis": {"plugins", "data"},
     "rules": {"functional", "plugins"},
     "surgery": {"rules", "functional", "plugins"},

@@ -13,10 +13,12 @@ from fahooks.recipe.loading import find as find
 from fahooks.recipe.loading import list_recipes as list_recipes
 from fahooks.recipe.loading import load as load
 from fahooks.recipe.loading import load_marked as load_marked
+from fahooks.recipe.loading import read_plain as read_plain
 from fahooks.recipe.loading import shipped_names as shipped_names
 from fahooks.recipe.origins import Line as Line
 from fahooks.recipe.origins import explain as explain
 from fahooks.recipe.reading import Source as Source
+from fahooks.recipe.reading import read_file as read_file
 from fahooks.recipe.schema import SGD as SGD
 from fahooks.recipe.schema import Adam as Adam
 from fahooks.recipe.schema import AdamW as AdamW

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from fahooks.plugins import InputError, near
 from fahooks.recipe.checking import add_schema_problems, check_names
-from fahooks.recipe.reading import Source, add_file, add_override, all_names, find_beside
+from fahooks.recipe.reading import Reader, Source, add_file, add_override, all_names, find_beside, read_file
 from fahooks.recipe.schema import Paper, Recipe
 from fahooks.recipe.tree import Tree, shown
 
@@ -84,6 +85,21 @@ def load_marked(source: Source, overrides: Sequence[str] = ()) -> tuple[Recipe, 
     if tree.problems or recipe is None:
         raise RecipeError(list(dict.fromkeys(tree.problems)))
     return recipe, tree
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """What a recipe file says, as plain data: not checked, without its bases.
+
+    Raises:
+        InputError: it can not be read, is no mapping, or is larger than any recipe.
+    """
+    source, tree = read_file(path), Tree()
+    data = Reader(tree, source.label).read(source.text)
+    if tree.problems:
+        raise RecipeError(tree.problems)
+    if not isinstance(data, dict):
+        raise InputError(f"recipe {source.label!r} can not be read: it is no mapping of keys to values")
+    return data
 
 
 def copy(name: str, to: Path) -> None:

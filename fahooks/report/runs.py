@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fahooks.plugins import InputError
+from fahooks.recipe import read_plain
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,16 @@ def read_run(path: Path) -> Run:
     Raises:
         InputError: it is none, or a file in it is damaged.
     """
+    for name in ("resolved.yaml", "status.json", "metrics.jsonl"):
+        if not (path / name).is_file():
+            raise InputError(f"{str(path)!r} is no run directory: it has no {name}")
     try:
-        recipe = yaml.safe_load((path / "resolved.yaml").read_text(encoding="utf-8"))
+        recipe = read_plain(path / "resolved.yaml")
         status = json.loads((path / "status.json").read_text(encoding="utf-8"))
         # What follows the last newline was cut off by a crash.
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         rows = [json.loads(line) for line in lines]
-    except FileNotFoundError as error:
-        raise InputError(f"{str(path)!r} is no run directory: it has no {Path(error.filename).name}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"run directory {str(path)!r} can not be read: {' '.join(str(error).split())}") from error
     return Run(
         path=path,

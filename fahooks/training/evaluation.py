@@ -10,8 +10,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 
 from fahooks.plugins import InputError
-from fahooks.recipe import Recipe, load
-from fahooks.recipe.reading import read_file
+from fahooks.recipe import Recipe, load, read_file
 from fahooks.training import checkpoint
 from fahooks.training.checkpoint import Checkpoints
 from fahooks.training.loop import evaluate

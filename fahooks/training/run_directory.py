@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import yaml
 
 from fahooks.plugins import InputError
-from fahooks.recipe import Recipe, Source, load
+from fahooks.recipe import Recipe, Source, load, read_file, read_plain
 
 LOSSES = ["train_loss", "train_error", "validation_loss", "validation_error", "test_error"]
 RUNS = Path("runs")
@@ -86,7 +85,7 @@ class RunDirectory:
         """An interrupted run and its recipe.
 
         Raises:
-            InputError: no run is there, or it is finished.
+            InputError: no run is there, it is finished, or what it left is damaged.
         """
         resolved = path / "resolved.yaml"
         if not resolved.is_file():
@@ -94,7 +93,7 @@ class RunDirectory:
         run = cls(path)
         if run.finished:
             raise InputError(f"the run in {str(path)!r} is finished: there is nothing to resume")
-        return run, load(Source(str(resolved), resolved.read_text(encoding="utf-8"), path))
+        return run, load(read_file(resolved))
 
     @classmethod
     def newest(cls, name: str, seed: int, parent: Path = RUNS) -> RunDirectory | None:
@@ -119,8 +118,12 @@ class RunDirectory:
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """resolved.yaml as plain data, whether it still is a recipe or not; empty where there is none."""
-        return (yaml.safe_load((self.path / "resolved.yaml").read_text(encoding="utf-8")) or {}) if self.begun else {}
+        """resolved.yaml as plain data, whether it still is a recipe or not; empty where there is none.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        return read_plain(self.path / "resolved.yaml") if self.begun else {}
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -154,9 +157,17 @@ class RunDirectory:
                 file.truncate()
 
     def read_status(self) -> dict[str, Any]:
-        """What `status` recorded last; empty where nothing is."""
+        """What `status` recorded last; empty where nothing is.
+
+        Raises:
+            InputError: it is damaged.
+        """
         file = self.path / "status.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        except (OSError, ValueError, TypeError) as error:
+            what = "remove it, and the run goes on from its last checkpoint"
+            raise InputError(f"{str(file)!r} can not be read ({' '.join(str(error).split())}): {what}") from error
 
     def layers(self, report: Mapping[str, Any]) -> None:
         """Write the conversion report."""

@@ -34,3 +34,10 @@ def test_a_damaged_file_is_one_line(written: Written, name: str):
     with pytest.raises(InputError, match="can not be read") as caught:
         read_run(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_larger_than_any_recipe_is_not_read(written: Written):
+    path = written("fa", {"conv1": 90.0})
+    (path / "resolved.yaml").write_text("a: 1\n" + "#" * 200_000)
+    with pytest.raises(InputError, match="more than 100,000 bytes"):
+        read_run(path)

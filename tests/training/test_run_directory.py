@@ -145,3 +145,21 @@ def test_what_is_no_run_or_is_finished_can_not_be_reopened(tiny: Tiny, tmp_path:
     run.status("finished")
     with pytest.raises(InputError, match="is finished: there is nothing to resume"):
         RunDirectory.reopen(run.path)
+
+
+@pytest.mark.parametrize("content", [b"a: &a [x, x]\n" + b"#" * 200_000, b"\xff\xfe", b"[1]"])
+def test_a_damaged_recipe_is_refused_in_a_line(tiny: Tiny, tmp_path: Path, content: bytes):
+    run = make(tiny, tmp_path / "run")
+    (run.path / "resolved.yaml").write_bytes(content)
+    for read in (lambda: RunDirectory.reopen(run.path), lambda: run.made_from):
+        with pytest.raises(InputError, match=r"resolved.yaml") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "3", "[1]"])
+def test_a_damaged_status_is_refused_in_a_line(tiny: Tiny, tmp_path: Path, content: str):
+    run = make(tiny, tmp_path / "run")
+    (run.path / "status.json").write_text(content)
+    with pytest.raises(InputError, match="status.json' can not be read .*: remove it, and the run goes on"):
+        RunDirectory.reopen(run.path)
