@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -158,10 +160,28 @@ def _from_torchvision(
             f"{name} is not at {folder / files[0]}: {places}, set data.root, or allow the download with data.download=true"
         )
     try:
-        return [source(str(root), train=train, download=not found) for train in (True, False)]
+        with _no_empty_folders(folder):
+            return [source(str(root), train=train, download=not found) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        problem = "can not be read" if found else f"is not at {folder / files[0]} and could not be downloaded"
-        raise InputError(f"{name} {problem} ({reason}): {places} ({packed}), or set data.root") from error
+        if found:
+            raise InputError(f"{name} can not be read ({reason}): {places} ({packed}), or set data.root") from error
+        raise InputError(
+            f"{name} is not at {folder}, and could not be downloaded: set data.root, or put its files there ({packed}); "
+            f"the download said: {textwrap.shorten(reason, 150, placeholder=' ...')}"
+        ) from error
     except (ValueError, AssertionError, TypeError) as error:
         raise InputError(f"{name} in {folder} can not be read, a file there is damaged: replace it ({places})") from error
+
+
+@contextmanager
+def _no_empty_folders(folder: Path) -> Iterator[None]:
+    """Where the block fails, remove `folder` and those above it that it made and left empty."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in absent:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise

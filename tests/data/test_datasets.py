@@ -171,9 +171,13 @@ def test_a_failed_download_is_an_error_that_says_where_the_files_belong(
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     monkeypatch.setattr(torchvision.datasets.CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")
     with pytest.raises(InputError, match="could not be downloaded") as caught:
-        datasets.load(name, root=tmp_path, download=True)
-    assert str(tmp_path / folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
+        datasets.load(name, root=tmp_path / "absent" / "data", download=True)
+    message = str(caught.value)
+    assert str(tmp_path / "absent" / "data" / folder) in message and "\n" not in message
+    # What to do stands before what went wrong, which may be long.
+    assert message.index("set data.root") < message.index("the download said")
+    assert len(message) < 400 + len(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_can_not_be_made_is_an_error(tmp_path: Path):
