@@ -83,12 +83,9 @@ def resume_newest(name: str, overrides: Sequence[str] = (), out: Path | None = N
         return start(name, overrides, out)
     run = _seen(run.path)
     distributed.remember(run.path)
-    begun_with = run.made_from
-    if asked.data.loader == "auto":  # it chose when the run began
-        asked = asked.model_copy(update={"data": asked.data.model_copy(update={"loader": begun_with["data"]["loader"]})})
     with run.alone():
-        setup = prepare(asked)
-        check_same(begun_with, setup.recipe.model_dump(mode="json"), f"the run in {str(run.path)!r} was begun")
+        setup = prepare(run.as_begun(asked))
+        check_same(run.made_from, setup.recipe.model_dump(mode="json"), f"the run in {str(run.path)!r} was begun")
         if run.finished:
             result = Result(**run.read_status()["result"])
             return f"{final_line(setup.recipe, result, run)}: finished, there is nothing to do"

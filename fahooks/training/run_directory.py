@@ -125,6 +125,17 @@ class RunDirectory:
         """
         return read_plain(self.path / "resolved.yaml") if self.begun else {}
 
+    def as_begun(self, asked: Recipe) -> Recipe:
+        """A recipe with the loader that the run began with where it leaves the choice, which may fall otherwise by now.
+
+        Raises:
+            InputError: resolved.yaml is damaged.
+        """
+        data = self.made_from.get("data")
+        if asked.data.loader != "auto" or not isinstance(data, dict) or "loader" not in data:
+            return asked
+        return asked.model_copy(update={"data": asked.data.model_copy(update={"loader": str(data["loader"])})})
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Keep other processes from training in this directory during the block.

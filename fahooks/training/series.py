@@ -19,6 +19,9 @@ from fahooks.training.loop import Diverged, train
 from fahooks.training.run_directory import BARELY_BEGUN, RunDirectory, held
 from fahooks.training.setup import Setup, load_dataset, prepare, resolve
 
+MAY_CHANGE = ("checkpoint", "data.root", "data.download")
+"""Keys of a recipe in which the runs of a series may differ from what is asked."""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -127,10 +130,13 @@ def _check_directories(run: Wanted, dataset: Dataset) -> None:
         if (path / "resolved.yaml").is_file():
             made_from = _made_from(path)
             seed = run.recipe.seed if path == run.path else made_from.seed
-            asked = resolve(run.recipe.model_copy(update={"seed": seed}), dataset)
+            there = RunDirectory(path)
+            asked = resolve(there.as_begun(run.recipe.model_copy(update={"seed": seed})), dataset)
             # Written out again, for the options that rules and hooks did not have yet when it was made.
             same_data = made_from.data.dataset == asked.data.dataset
-            _check_same(path, resolve(made_from, dataset) if same_data else made_from, asked)
+            # What another loader fed is as good once it is there, but a run goes on with the one that it began with.
+            free = (*MAY_CHANGE, "data.loader", "data.loader_options") if there.finished else MAY_CHANGE
+            _check_same(path, resolve(made_from, dataset) if same_data else made_from, asked, free)
     left = {file.name for file in run.path.iterdir()} if run.path.is_dir() else set()
     if run.path.exists() and not run.begun and not (run.path.is_dir() and left <= BARELY_BEGUN):
         raise InputError(f"{str(run.path)!r} is in the way of a run, and is none: move it, or name another --out")
@@ -143,12 +149,8 @@ def _made_from(path: Path) -> Recipe:
         raise InputError(f"the run in {str(path)!r} can not go on: {'; '.join(error.problems)}; name another --out") from error
 
 
-def _check_same(path: Path, made_from: Recipe, asked: Recipe) -> None:
-    found = differences(
-        made_from.model_dump(mode="json"),
-        asked.model_dump(mode="json"),
-        apart_from=("checkpoint", "data.root", "data.loader", "data.loader_options"),
-    )
+def _check_same(path: Path, made_from: Recipe, asked: Recipe, free: Sequence[str]) -> None:
+    found = differences(made_from.model_dump(mode="json"), asked.model_dump(mode="json"), apart_from=free)
     if found:
         said = ", ".join(f"{key} ({there} there, {here} asked)" for key, (there, here) in found.items())
         raise InputError(f"{str(path)!r} holds a run of another recipe: {said}; name another --out")
@@ -163,7 +165,7 @@ def _train(run: Wanted, console: Console, number: str) -> str:
             _print(console, f"{number}: {name}: another process has it")
             return ""
         _print(console, f"{number}: {name}: {'goes on' if run.begun else 'begins'}")
-        setup = prepare(run.recipe)
+        setup = prepare(run.run.as_begun(run.recipe))
         resumed = run.begun
         directory = run.run if resumed else _created(run, setup)
         try:

@@ -98,6 +98,26 @@ def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_bits(
     assert len(set(weights(whole))) == 4, "control: settings and seeds make a difference"
 
 
+def test_an_interrupted_run_goes_on_with_the_loader_it_began_with(in_tmp: Path, monkeypatch: pytest.MonkeyPatch):
+    evaluate = loop.evaluate
+
+    def stop(*arguments: Any) -> dict[str, Any]:
+        raise loop.Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.train_missing(planned("optim.lr=1e-3", more=("data.loader=torchvision",)))
+    assert loop.evaluate is evaluate
+    # An explicit other loader is refused before anything is done; auto, which would choose memory, goes on.
+    with pytest.raises(InputError, match=r"another recipe: data.loader \('torchvision' there, 'memory' asked\)"):
+        sweep.train_missing(planned("optim.lr=1e-3", more=("data.loader=memory",)))
+    assert sweep.train_missing(planned("optim.lr=1e-3", more=("data.download=true",))) == []
+    (run,) = planned("optim.lr=1e-3").runs
+    assert run.finished and run.run.made_from["data"]["loader"] == "torchvision"
+    assert sweep.train_missing(planned("optim.lr=1e-3", more=("data.loader=memory",))) == [], "it is finished"
+
+
 def test_what_another_recipe_made_is_not_taken(in_tmp: Path):
     sweep.train_missing(planned("optim.lr=1e-3"))
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
