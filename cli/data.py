@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .train import SETTINGS, stoppable
+
 if TYPE_CHECKING:
     from fahooks.data.throughput import Throughput
 
@@ -20,7 +22,7 @@ def data() -> None:
 
 @data.command()
 @click.argument("recipe")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the recipe; repeatable.")
+@SETTINGS
 def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
     """Write the .beton files that the ffcv loader reads for RECIPE, unless they are there, and print where they are.
 
@@ -29,7 +31,9 @@ def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
     """
     from fahooks.training.feeding import prepare_data
 
-    for file in prepare_data(recipe, overrides):
+    with stoppable("stopped; the files that are whole stay, and the same command writes the others"):
+        files = prepare_data(recipe, overrides)
+    for file in files:
         click.echo(file)
 
 
@@ -39,7 +43,7 @@ def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Turns that each loader gets.")
 @click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0), help="How long a turn is at least.")
 @click.option("--threads", type=click.IntRange(1), help="Of torch.  [default: its own choice]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override the recipe; repeatable.")
+@SETTINGS
 @click.option("--json", "file", type=click.Path(path_type=Path, dir_okay=False), help="Write the numbers here too.")
 def bench(
     recipe: str,
@@ -61,9 +65,10 @@ def bench(
 
     if threads:
         torch.set_num_threads(threads)
-    measured, left_out = compare_loaders(
-        recipe, overrides, only=names.split(",") if names else (), rounds=rounds, seconds=seconds
-    )
+    with stoppable("stopped; nothing was measured"):
+        measured, left_out = compare_loaders(
+            recipe, overrides, only=names.split(",") if names else (), rounds=rounds, seconds=seconds
+        )
     for name, reason in left_out.items():
         click.echo(f"fahooks: {name} is left out: {reason}", err=True)
     click.echo(_table(measured))

@@ -149,13 +149,17 @@ def quickstart(overrides: tuple[str, ...], out: Path | None) -> None:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """End on Ctrl-C, and on the SIGTERM that clusters send, with one line that says how to go on, exit code 130."""
+def stoppable(otherwise: str = "stopped before the run began") -> Iterator[None]:
+    """End on Ctrl-C, and on the SIGTERM that clusters send, with one line that says how to go on, exit code 130.
+
+    Arguments:
+        otherwise: the line where what was stopped has none.
+    """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt as stop:
-        click.echo(f"fahooks: {str(stop) or 'stopped before the run began'}", err=True)
+        click.echo(f"fahooks: {str(stop) or otherwise}", err=True)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from click.testing import CliRunner, Result
 from fahooks.cli import main
 from fahooks.data import FfcvLoader
 from fahooks.data.ffcv import library
+from fahooks.training import feeding
 
 MISSING = FfcvLoader.available()
 needs_ffcv = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
@@ -35,6 +37,24 @@ def test_prepare_without_ffcv_is_one_line_with_what_installs_it(tmp_path: Path, 
     assert done.stderr == (
         "fahooks: data.loader=ffcv does not work here: the package ffcv is not installed: pip install 'fahooks[ffcv]'\n"
     )
+
+
+@pytest.mark.parametrize("command", ["prepare", "bench"])
+def test_sigterm_ends_it_like_ctrl_c_so_that_what_is_half_written_goes(command: str, monkeypatch: pytest.MonkeyPatch):
+    ended: list[str] = []
+
+    def stopped(*arguments: object, **options: object) -> None:
+        try:
+            assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            ended.append(command)
+
+    monkeypatch.setattr(feeding, "prepare_data", stopped)
+    monkeypatch.setattr(feeding, "compare_loaders", stopped)
+    done = data(command, "quickstart")
+    assert (done.exit_code, ended) == (130, [command])
+    assert done.stderr.startswith("fahooks: stopped; ")
 
 
 def test_bench_prints_a_row_a_loader_and_writes_the_numbers(tmp_path: Path):

@@ -128,14 +128,14 @@ def write(
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = partial.open("ab")
+        file = _held(partial)
     except OSError as error:
         raise InputError(
             f"{path} can not be written ({error.strerror}): set data.loader_options.folder or data.root to a folder that can"
         ) from error
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
         if path.is_file():  # another process wrote it while this one waited
+            partial.unlink()
             return
         try:
             with partial.open("w+b") as whole:
@@ -149,6 +149,22 @@ def write(
             raise Failed(f"{path} could not be written: {error.strerror or error}") from error
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _held(partial: Path) -> IO[bytes]:
+    """The file at `partial`, which other processes wait for until it is closed."""
+    while True:
+        file = partial.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+                return file
+        except FileNotFoundError:
+            pass  # who had it before has renamed or removed it, and the next one makes another
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def sidecar(path: Path) -> Path:

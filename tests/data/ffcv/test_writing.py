@@ -186,6 +186,26 @@ def test_a_second_writer_waits_for_the_first(tmp_path: Path):
     assert numpy.all(read(path, channels=3).packed(0) == 0), "the first one's images were replaced"
 
 
+def test_who_comes_too_late_to_write_leaves_nothing(tmp_path: Path, color: Images):
+    for _ in range(2):
+        written(tmp_path / "x", color, Packing())
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["x", "x.json"]
+
+
+def test_who_waited_for_one_that_failed_holds_the_file_that_is_there(tmp_path: Path):
+    partial = tmp_path / "x.partial"
+    first = writing._held(partial)
+    held: list[Any] = []
+    second = threading.Thread(target=lambda: held.append(writing._held(partial)))
+    second.start()
+    time.sleep(0.2)  # so that it waits for the first one's file
+    partial.unlink()
+    first.close()
+    second.join(20)
+    assert os.path.samestat(os.fstat(held[0].fileno()), partial.stat())
+    held[0].close()
+
+
 def test_an_image_larger_than_a_page_is_written_and_read(tmp_path: Path):
     source = Images(torch.randint(0, 256, (3, 3, 900, 900), dtype=torch.uint8), torch.zeros(3).long())
     file = written(tmp_path / "x", source, Packing())
