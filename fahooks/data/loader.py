@@ -232,7 +232,7 @@ class Loader(ABC):
     def prepare(self, examples: Examples, *, corrupt: Literal["refuse", "skip"] = "refuse") -> None:
         """Write what `open` needs on disk, once for all splits of `examples.source`; by default nothing.
 
-        Only rank 0 calls it. What is there and up to date is left alone; what is there is always complete.
+        Rank 0 calls it before the other ranks do. What is there and up to date is left alone; what is there is always complete.
 
         Arguments:
             examples: a split of what is to be written.

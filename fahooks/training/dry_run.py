@@ -67,18 +67,18 @@ class Cost:
 
 
 def dry_run(name: str, overrides: Sequence[str] = ()) -> Cost:
-    """Prepare the recipe called `name`, take two steps and evaluate one batch. No run directory is made, nothing is downloaded.
+    """Prepare the recipe called `name`, take two steps and evaluate one batch. Nothing is written or downloaded.
 
     Arguments:
         name: a shipped recipe or a file.
         overrides: "dotted.key=value" each.
 
     Raises:
-        InputError: recipe or data are not right.
+        InputError: recipe or data are not right, or files that its loader reads are not written yet.
     """
     recipe = load(find(name), overrides)
     try:
-        setup = prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update={"download": False})}))
+        setup = prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update={"download": False})}), write=False)
     except InputError as error:
         note = "; a dry run downloads nothing" if recipe.data.download and "download" in str(error) else ""
         raise InputError(f"{error}{note}") from error

@@ -100,8 +100,12 @@ class Setup:
         return {name: whole(part) for name, part in parts.items() if part is not None}
 
 
-def prepare(recipe: Recipe) -> Setup:
+def prepare(recipe: Recipe, *, write: bool = True) -> Setup:
     """Load the data and build the model of `recipe`. Seeds torch's global generator, from which weights and dropout are drawn.
+
+    Arguments:
+        recipe: what will run.
+        write: let the loader write the files that it reads, where they are not there.
 
     Raises:
         InputError: the data is not to be had, or model, rules, hooks, data and device do not fit together.
@@ -122,7 +126,7 @@ def prepare(recipe: Recipe) -> Setup:
         recipe = _with_data(recipe, loader=loader)
     recipe = resolve(recipe, dataset)
     parts = split(dataset, validation=recipe.data.validation, limit=recipe.data.limit, seed=recipe.seed)
-    train, validation, test = _streams(recipe, parts, device)
+    train, validation, test = _streams(recipe, parts, device, write=write)
 
     torch.manual_seed(recipe.seed)
     shape = seen_shape(recipe, dataset)
@@ -341,7 +345,7 @@ def build_loader(recipe: Recipe) -> Loader:
     return entry.build(**options)
 
 
-def _streams(recipe: Recipe, parts: Split, device: torch.device) -> tuple[Stream, Stream, Stream]:
+def _streams(recipe: Recipe, parts: Split, device: torch.device, *, write: bool) -> tuple[Stream, Stream, Stream]:
     """Streams of the three sets; all are normalised by the statistics of the images that are trained on."""
     loader = build_loader(recipe)
     mean, std = parts.train.statistics(recipe.data.corrupt)
@@ -364,7 +368,7 @@ def _streams(recipe: Recipe, parts: Split, device: torch.device) -> tuple[Stream
     evaluation = replace(training, training=False, batch_size=EVALUATION_BATCH if small else recipe.data.batch_size)
     views = ((parts.train, training), (parts.validation, evaluation), (parts.test, evaluation))
     with distributed.rank_0_first():
-        for examples, _ in views:
+        for examples, _ in views if write else ():
             loader.prepare(examples, corrupt=recipe.data.corrupt)
     train, validation, test = (loader.open(examples, view) for examples, view in views)
     return train, validation, test

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch.nn.functional as F
 
+from fahooks.data.ffcv import library
 from fahooks.plugins import InputError
 from fahooks.recipe import load
 from fahooks.training.dry_run import Cost, dry_run
@@ -59,4 +60,7 @@ def test_nothing_is_written_and_nothing_downloaded(tmp_path: Path, monkeypatch: 
         dry_run("mnist/fa", (f"data.root={tmp_path}",))
     with pytest.raises(InputError, match="optim.lr"):
         dry_run("quickstart", ("optim.lr=x",))
+    monkeypatch.setattr(library, "missing", lambda: None)
+    with pytest.raises(InputError, match="ffcv/digits-train-.* is not there: `fahooks data prepare` writes it"):
+        dry_run("quickstart", (*SMALL, "data.loader=ffcv", f"data.root={tmp_path}"))
     assert list(tmp_path.iterdir()) == []
