@@ -43,6 +43,8 @@ def reproduce(
     if cells:
         Console(width=None if sys.stdout.isatty() else 120).print(table1.table(cells))
         click.echo(f"\n{table1.CAPTION}")
+        for line in table1.changes(cells):
+            click.echo(line)
         for path in table1.unfinished(out):
             click.echo(f"not in the table: {path}")
         click.echo(f"written: {out / 'table1.csv'}, {out / 'table1.md'}")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -144,24 +145,33 @@ def table(cells: Sequence[Cell]) -> Table:
     return made
 
 
+def changes(cells: Sequence[Cell]) -> list[str]:
+    """What `--set` changed of the recipes, a line for each set of changes with the cells that have them."""
+    changed: dict[tuple[str, ...], list[str]] = {}
+    for cell in cells:
+        changed.setdefault(cell.overrides, []).append(cell.recipe)
+    return [f"changed by --set: {_typed(settings)} (in {', '.join(names)})" for settings, names in changed.items() if settings]
+
+
 def as_csv(cells: Sequence[Cell]) -> str:
     """One line a cell, under the header that its first line gives; a spread or paper's error that there is none of is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     errors = [f"{which}_{part}" for which in ("best", "last") for part in ("error", "spread", "differs")]
-    writer.writerow(["row", "column", "recipe", *errors, "paper", "epochs", "seeds"])
+    writer.writerow(["row", "column", "recipe", *errors, "paper", "epochs", "seeds", "overrides"])
     for cell in cells:
         numbers = [_number(value) for which in (cell.best, cell.last) for value in asdict(which).values()]
         lists = [" ".join(map(str, values)) for values in (cell.epochs, cell.seeds)]
-        writer.writerow([cell.row, cell.column, cell.recipe, *numbers, _number(cell.paper), *lists])
+        writer.writerow([cell.row, cell.column, cell.recipe, *numbers, _number(cell.paper), *lists, _typed(cell.overrides)])
     return text.getvalue()
 
 
 def as_markdown(cells: Sequence[Cell], command: str) -> str:
-    """Title, table, caption and, as the last line, the command that makes it."""
+    """Title, table, caption, what was changed and, as the last line, the command that makes it."""
     aligned = ["---" if name in ("row", "recipe") else "--:" for name in HEADER]
     rows = [f"| {' | '.join(texts)} |" for texts in (HEADER, aligned, *(cell.texts() for cell in cells))]
-    return "\n".join([f"# {TITLE}", "", *rows, "", CAPTION, "", f"    {command}", ""])
+    said = [text for line in changes(cells) for text in (line, "")]
+    return "\n".join([f"# {TITLE}", "", *rows, "", CAPTION, "", *said, f"    {command}", ""])
 
 
 def write(folder: Path, cells: Sequence[Cell], command: str) -> None:
@@ -213,6 +223,10 @@ def _overrides(path: Path) -> tuple[str, ...]:
     file = path / "env.json"
     given = json.loads(file.read_text(encoding="utf-8"))["overrides"] if file.is_file() else []
     return tuple(override for override in given if override.partition("=")[0] not in ("seed", "data.root"))
+
+
+def _typed(overrides: Sequence[str]) -> str:
+    return shlex.join(overrides)
 
 
 def _number(value: float | bool | None) -> str:

@@ -33,7 +33,8 @@ def test_the_table_is_printed_and_written_also_when_everything_was_there(run):
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert lines[0] == "runs/table1: 2 runs, 0 of them finished, 2 to train"
     at = lines.index(" ".join(cell.texts()))
-    assert lines[at + 1 :] == ["", table1.CAPTION, "written: runs/table1/table1.csv, runs/table1/table1.md"]
+    changed = f"changed by --set: {' '.join(setting.removeprefix('--set=') for setting in TINY)} (in mnist/bp)"
+    assert lines[at + 1 :] == ["", table1.CAPTION, changed, "written: runs/table1/table1.csv, runs/table1/table1.md"]
     assert "\x1b" not in done.stdout
     files = [Path("runs/table1") / name for name in ("table1.csv", "table1.md")]
     texts = [file.read_text() for file in files]

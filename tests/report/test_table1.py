@@ -125,7 +125,7 @@ def cells(made: Made, tmp_path: Path) -> list[table1.Cell]:
     """Two seeds with an epoch more in one of them, one seed, and a cell that the paper left blank."""
     made("mnist/bp", "BP", (0.6, 0.55), paper=0.8)
     made("mnist/bp", "BP", (0.8, 0.55), paper=0.8, seed=1, epochs=3)
-    made("mnist/bp-noise", "BP + Noise", (0.7, 0.75), paper=0.8)
+    made("mnist/bp-noise", "BP + Noise", (0.7, 0.75), paper=0.8, overrides=["data.limit=10000", "schedule={name: constant}"])
     made("cifar10-2/dfa", "DFA", (33.333, 40.0), paper=None)
     return table1.read(tmp_path)
 
@@ -145,7 +145,9 @@ def test_csv_has_a_line_a_cell(cells: list[table1.Cell]):
         "paper": "0.8",
         "epochs": "2 3",
         "seeds": "0 1",
+        "overrides": "",
     }
+    assert rows[1]["overrides"] == "data.limit=10000 'schedule={name: constant}'"
     assert [row["best_spread"] for row in rows[1:]] == ["", ""]
     assert (rows[2]["paper"], rows[2]["best_error"], rows[2]["best_differs"]) == ("", "33.333", "false")
 
@@ -160,6 +162,7 @@ def test_markdown_has_the_table_what_its_marks_mean_and_at_last_its_command(cell
         "| DFA | cifar10-2/dfa | 33.33 | 40.00 | - | 2 | 1 (no spread) |",
     ]
     assert "one seed tells no spread, by more than 0.3 points" in " ".join(lines)
+    assert lines[-3] == "changed by --set: data.limit=10000 'schedule={name: constant}' (in mnist/bp-noise)"
     assert lines[-1].strip() == "fahooks reproduce table1"
 
 
