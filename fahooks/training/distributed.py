@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 STARTED_BY_TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+
+# How long ranks wait for rank 0 to download, or to write the files of a loader: a process that is gone is noticed at once.
+PATIENCE = timedelta(days=7)
 
 T = TypeVar("T")
 
@@ -113,12 +117,16 @@ def _store() -> Store:
 
 @contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Let rank 0 run the block before the others do, as for a download."""
+    """Let rank 0 run the block before the others do, as for a download, however long it takes."""
+    if world() == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
     if rank() != 0:
-        dist.barrier()
+        dist.barrier(group=group)
     yield
-    if world() > 1 and rank() == 0:
-        dist.barrier()
+    if rank() == 0:
+        dist.barrier(group=group)
 
 
 def told(make: Callable[[], T]) -> T:

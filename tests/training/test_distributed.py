@@ -177,6 +177,31 @@ def test_another_number_of_processes_goes_on_with_a_run(
     assert_same(parts(run), parts(trained["alone"] / "long"), begun)
 
 
+SLOW = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from fahooks.training import distributed
+
+written = Path(sys.argv[1])
+with distributed.joined():
+    _set_pg_timeout(timedelta(seconds=2))
+    with distributed.rank_0_first():
+        if distributed.rank() == 0:
+            time.sleep(5)
+            written.write_text("")
+        assert written.exists()
+    assert distributed.of_every_rank(distributed.rank()) == [0, 1]
+"""
+
+
+def test_ranks_wait_for_what_rank_0_prepares_longer_than_for_anything_else(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    done = call(torchrun(tmp_path / "slow.py", tmp_path / "written"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_error_on_one_rank_ends_all_with_one_message(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RUN)
     (tmp_path / "sitecustomize.py").write_text(
