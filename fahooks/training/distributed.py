@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -121,7 +121,7 @@ def rank_0_first() -> Iterator[None]:
     if world() == 1:
         yield
         return
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))  # not a number: this rank is in it
     if rank() != 0:
         dist.barrier(group=group)
     yield
