@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 from PIL import Image
 
 from fahooks.data import Augment, Batch, Examples, Files, Images, MemoryLoader, TorchvisionLoader, View
-from fahooks.data import torchvision as module
 from fahooks.plugins import InputError
 
 AUGMENTS = [
@@ -61,35 +59,6 @@ def test_it_feeds_arrays_too():
         assert_same(list(TorchvisionLoader(workers=2).open(examples, seen)), list(MemoryLoader().open(examples, seen)))
 
 
-def test_no_more_is_decoded_ahead_than_there_are_workers(files: Files, monkeypatch: pytest.MonkeyPatch):
-    stream = TorchvisionLoader(workers=2).open(Examples("x", files, torch.arange(13)), view(batch_size=1))
-    loaded: list[int] = []
-    inner = stream._load
-    monkeypatch.setattr(stream, "_load", lambda *args: loaded.append(1) or inner(*args))
-    batches = iter(stream)
-    next(batches)
-    next(batches)
-    assert len(loaded) <= 2 + 2
-    assert len(list(batches)) == 11
-
-
-def test_threads_end_with_the_epoch_and_with_who_stops_early(files: Files):
-    stream = TorchvisionLoader(workers=3).open(Examples("x", files, torch.arange(13)), view())
-    before = threading.active_count()
-    for _ in stream:
-        assert threading.active_count() > before
-        break
-    assert threading.active_count() == before
-    list(stream)
-    assert threading.active_count() == before
-
-
-def test_workers_share_the_cores_of_a_machine(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    assert TorchvisionLoader().workers == 12
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert TorchvisionLoader().workers == 1
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(512)), raising=False)
-    assert TorchvisionLoader().workers == 16
+def test_workers_must_be_positive():
     with pytest.raises(InputError, match="workers must be positive .got 0."):
         TorchvisionLoader(workers=0)

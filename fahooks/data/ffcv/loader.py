@@ -22,7 +22,7 @@ from fahooks.data.ffcv.beton import JPG, Beton, read
 from fahooks.data.ffcv.writing import FORMAT, Mode, Packing, sidecar, write
 from fahooks.data.loader import Loader, View
 from fahooks.data.order import Share
-from fahooks.data.torchvision import ThreadedStream, own_cores
+from fahooks.data.threads import ThreadedStream, own_cores
 from fahooks.plugins import InputError, loaders
 
 
