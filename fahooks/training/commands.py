@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -84,7 +85,8 @@ def resume_newest(name: str, overrides: Sequence[str] = (), out: Path | None = N
     run = _seen(run.path)
     distributed.remember(run.path)
     with run.alone():
-        setup = prepare(run.as_begun(asked))
+        with nullcontext() if run.finished else recorded(run):
+            setup = prepare(run.as_begun(asked))
         check_same(run.made_from, setup.recipe.model_dump(mode="json"), f"the run in {str(run.path)!r} was begun")
         if run.finished:
             result = Result(**run.read_status()["result"])

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fahooks.plugins import InputError
-from fahooks.recipe import load, shipped_names
+from fahooks.plugins import Failed, InputError
+from fahooks.recipe import find, load, shipped_names
 from fahooks.training import commands, loop
 from fahooks.training.loop import Result
 from fahooks.training.run_directory import RunDirectory
@@ -99,6 +99,20 @@ def test_auto_begins_goes_on_and_has_nothing_to_do(in_tmp: Path, monkeypatch: py
         again = commands.resume_newest("quickstart", SMALL, out)
         assert again.endswith(f"in {place}: finished, there is nothing to do")
     assert commands.resume_newest("quickstart", (*SMALL, "seed=1")).endswith("in runs/quickstart-2")
+
+
+@pytest.mark.parametrize(("state", "after"), [("interrupted", "failed"), ("finished", "finished")])
+def test_auto_records_what_keeps_a_run_from_going_on(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, state: str, after: str):
+    run = RunDirectory.create(load("quickstart", SMALL), find("quickstart"), out=Path("a"))
+    run.status(state)
+
+    def no_room(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(commands, "prepare", no_room)
+    with pytest.raises(Failed if state == "interrupted" else MemoryError):
+        commands.resume_newest("quickstart", SMALL, Path("a"))
+    assert run.read_status()["state"] == after
 
 
 def test_auto_refuses_a_changed_recipe_and_says_what_changed(in_tmp: Path):
