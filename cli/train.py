@@ -78,7 +78,7 @@ def train(
             _sweep(recipe, overrides, sweeps, seeds, out)
         return
     if resume is not None and not auto and (recipe or overrides or out):
-        raise InputError("--resume takes everything from the run directory: leave RECIPE, --set and --out away")
+        raise InputError("--resume DIR takes everything from there: leave RECIPE, --set, --max-steps and --out away")
     with stoppable(), distributed.joined():
         if auto and recipe is not None:
             line = commands.resume_newest(recipe, overrides, out)

@@ -54,8 +54,12 @@ def test_a_wrong_recipe_prints_all_its_problems_and_exits_2(run):
     [
         (["train"], "fahooks: name a recipe, such as mnist/fa"),
         (["train", "mnist/fb"], "fahooks: no recipe is named 'mnist/fb'"),
-        (["train", "mnist/fa", "--resume", "x"], "fahooks: --resume takes everything from the run directory"),
-        (["train", "--resume", "x", "--set", "seed=1"], "fahooks: --resume takes everything from the run directory"),
+        (["train", "mnist/fa", "--resume", "x"], "fahooks: --resume DIR takes everything from there"),
+        (["train", "--resume", "x", "--set", "seed=1"], "fahooks: --resume DIR takes everything from there"),
+        (
+            ["train", "--resume", "x", "--max-steps", "3"],
+            "fahooks: --resume DIR takes everything from there: leave RECIPE, --set, --max-steps",
+        ),
         (["train", "--resume", "absent"], "fahooks: 'absent' is no run directory"),
         (
             ["train", "mnist/fa", "--set", "data.root=nowhere", "--set", "data.download=false"],
