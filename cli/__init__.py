@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fahooks.plugins import Failed, InputError, PluginWarning, near
+from fahooks.plugins import Failed, InputError, near
 
 # Name -> module and first line of the help, which `fahooks --help` prints without importing the command.
 COMMANDS = {
@@ -75,7 +75,7 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an `InputError` ends it with one line and exit code 2, a run that `Failed` with exit code 1."""
         with warnings.catch_warnings():
-            _print_plugin_warnings()
+            _print_own_warnings()
             try:
                 return super().invoke(ctx)
             except click.exceptions.NoArgsIsHelpError:
@@ -89,12 +89,12 @@ class LazyGroup(click.Group):
                 raise Fault(str(error)) from error
 
 
-def _print_plugin_warnings() -> None:
-    """Print a skipped plugin as one line, without the source line that Python's own format adds."""
+def _print_own_warnings() -> None:
+    """Print fahooks' own warnings as one line, without the source line that Python's own format adds."""
     show_others = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-        if issubclass(category, PluginWarning):
+        if category.__module__.partition(".")[0] == "fahooks":
             click.echo(f"fahooks: warning: {message}", err=True)
         else:
             show_others(message, category, *args, **kwargs)

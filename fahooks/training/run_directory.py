@@ -330,7 +330,8 @@ def _claimed(path: Path, text: str) -> Path:
     if not os.access(path, os.W_OK):
         raise InputError(f"--out {str(path)!r} is not writable")
     if not {file.name for file in path.iterdir()} <= BARELY_BEGUN or (recipe.is_file() and recipe.read_text("utf-8") != text):
-        raise InputError(f"--out {str(path)!r} is not empty: name a new folder, or go on with `fahooks train --resume {path}`")
+        go_on = f", or go on with `fahooks train --resume {path}`" if (path / "resolved.yaml").is_file() else ""
+        raise InputError(f"--out {str(path)!r} is not empty: name a new folder{go_on}")
     return path
 
 

@@ -313,7 +313,8 @@ def _check_whole(recipe: Recipe, model: nn.Module) -> None:
     if not distributed.is_sharded(model):
         return
     if recipe.probes.every is not None:
-        raise InputError("probes.every measures whole gradients, and train.distributed=fsdp2 shards them: use ddp, or no probes")
+        what = "probes.every measures whole gradients, and train.distributed=fsdp2 shards them"
+        raise InputError(f"{what}: use ddp, or --set probes.every=null")
     if recipe.train.precision == "fp16":
         raise InputError("train.precision=fp16 needs whole gradients, and train.distributed=fsdp2 shards them: use bf16, or ddp")
 

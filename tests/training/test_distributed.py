@@ -51,6 +51,9 @@ FEW = {name: overrides for name, overrides in DDP.items() if name not in ("rule 
 FSDP2 = {name: [*overrides, "train.distributed=fsdp2"] for name, overrides in FEW.items()}
 REFUSED = ["hook alignment", "rule kp", "rule wm", "probes"]
 
+# One worker trains them all: another would train them once more.
+of_trained = pytest.mark.xdist_group("trained in two processes")
+
 
 def torchrun(*arguments: str | Path, restarts: int = 0, processes: int = 2) -> list[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -114,6 +117,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     ]
 
 
+@of_trained
 @pytest.mark.parametrize("case", DDP)
 def test_two_processes_by_ddp_train_as_one(trained: dict[str, Path], case: str) -> None:
     one, two = trained["alone"] / case, trained["ddp"] / case
@@ -125,11 +129,13 @@ def test_two_processes_by_ddp_train_as_one(trained: dict[str, Path], case: str) 
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
 
 
+@of_trained
 @pytest.mark.parametrize("case", [case for case in FSDP2 if case not in REFUSED])
 def test_two_processes_by_fsdp2_train_as_one_and_their_checkpoints_are_whole(trained: dict[str, Path], case: str) -> None:
     assert_same(parts(trained["fsdp2"] / case), parts(trained["alone"] / case), case)
 
 
+@of_trained
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_needs_whole_weights_is_refused_by_fsdp2_in_one_line(trained: dict[str, Path], case: str) -> None:
     line = (trained["fsdp2"] / f"{case}.txt").read_text()
@@ -137,6 +143,7 @@ def test_what_needs_whole_weights_is_refused_by_fsdp2_in_one_line(trained: dict[
     assert not (trained["fsdp2"] / case).exists()
 
 
+@of_trained
 def test_the_rules_differ(trained: dict[str, Path]) -> None:
     """Control: what is compared depends on the rule, and the weights moved."""
     fa, bp = (parts(trained["ddp"] / f"rule {rule}")["model"]["blocks.0.0.weight"] for rule in ("fa", "bp"))
@@ -158,6 +165,7 @@ seed: 0
 """
 
 
+@of_trained
 @pytest.mark.parametrize(("begun", "processes"), [("fsdp2", 1), ("alone", 2)])
 def test_another_number_of_processes_goes_on_with_a_run(
     trained: dict[str, Path], tmp_path: Path, begun: str, processes: int
