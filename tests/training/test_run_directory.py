@@ -34,7 +34,7 @@ def test_by_default_runs_are_numbered(tiny: Tiny, in_tmp: Path):
 
 def test_a_folder_that_holds_something_is_not_overwritten(tiny: Tiny, tmp_path: Path):
     (tmp_path / "precious").write_text("x")
-    with pytest.raises(InputError, match=r"is not empty.*--resume"):
+    with pytest.raises(InputError, match=r"is not empty: name a new folder$"):
         make(tiny, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
     with pytest.raises(InputError, match="is a file"):
@@ -43,6 +43,8 @@ def test_a_folder_that_holds_something_is_not_overwritten(tiny: Tiny, tmp_path: 
         make(tiny, tmp_path / "precious" / "run")
     (tmp_path / "empty").mkdir()
     assert make(tiny, tmp_path / "empty").path == tmp_path / "empty"
+    with pytest.raises(InputError, match=r"is not empty: name a new folder, or go on with `fahooks train --resume .*empty`$"):
+        make(tiny, tmp_path / "empty")
 
 
 def test_a_folder_that_can_not_be_made_is_one_line(in_tmp: Path):
