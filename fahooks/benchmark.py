@@ -1,8 +1,9 @@
 """How long a training step takes by each rule, beside plain backpropagation.
 
-All contestants live in one process and take turns, in an order that is rotated from round to round, and every time is compared
-with that of backpropagation in the same round. A second copy of backpropagation, the A/A control, shows what a ratio is worth on
-this machine: where it is not near 1, no other ratio tells anything.
+All contestants live in one process and take turns, in an order that is rotated from round to round; at its turn each takes two
+steps, of which the second is timed. Every time is compared with that of backpropagation in the same round. A second copy of
+backpropagation, the A/A control, shows what a ratio is worth on this machine: where it is not near 1, no other ratio tells
+anything.
 """
 
 from __future__ import annotations
@@ -177,10 +178,14 @@ def _collected() -> Iterator[None]:
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """Seconds that a step takes, by clock. Python's garbage collector waits until it is over."""
+    """Seconds that a step takes behind another one, by clock. Python's garbage collector waits until they are over.
+
+    In training a step follows one of the same model. Behind a step of another contestant it would find the caches full of that.
+    """
     gc.collect()
     gc.disable()
     try:
+        step()
         if device.type == "cuda":
             begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(device)

@@ -5,6 +5,8 @@ Alone, without torchrun, a process is rank 0 of 1, and everything here comes for
 
 from __future__ import annotations
 
+import atexit
+import faulthandler
 import functools
 import os
 import sys
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -42,6 +44,23 @@ def world() -> int:
     return dist.get_world_size() if _joined() else 1
 
 
+def started_by_torchrun() -> bool:
+    """Whether this process is one of those that torchrun starts, joined or not."""
+    return os.environ.keys() >= STARTED_BY_TORCHRUN
+
+
+def leave(code: int) -> NoReturn:
+    """Exit, as `sys.exit` does at the end of a program, but without taking the interpreter apart.
+
+    Threads of gloo and of autograd that outlive FSDP2's process group may ask for it meanwhile, which crashes
+    (https://github.com/pytorch/pytorch/issues/190489): torchrun would take a run that is finished for one that failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -51,11 +70,14 @@ def joined() -> Iterator[None]:
     """Be one of the processes that torchrun started, during the block; if it started none, nothing happens.
 
     They talk by NCCL where there are GPUs, one for each of a machine's processes, and by gloo otherwise. Where the block fails in
-    several of them, only the first one raises; the others, which may fail for no other reason, exit without a word.
+    several of them, only the first one raises; the others, which may fail for no other reason, exit without a word. A process
+    that crashes, which torchrun tells by the signal alone, says where it was.
     """
-    if not os.environ.keys() >= STARTED_BY_TORCHRUN or _joined():
+    if not started_by_torchrun() or _joined():
         yield
         return
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(

@@ -39,11 +39,12 @@ if __name__ == "__main__":
     with distributed.joined():
         if cases == "resume":
             commands.resume(Path(recipe))
-            sys.exit()
-        for name, overrides in json.loads(Path(cases).read_text()).items():
+        for name, overrides in json.loads(Path(cases).read_text()).items() if cases != "resume" else ():
             try:
                 line = commands.start(recipe, overrides, Path(out) / name)
             except InputError as error:
                 line = str(error)
             if distributed.rank() == 0:
                 (Path(out) / f"{name}.txt").write_text(line)
+    if distributed.started_by_torchrun():
+        distributed.leave(0)

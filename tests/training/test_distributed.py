@@ -264,3 +264,15 @@ def test_a_killed_worker_is_started_again_and_the_run_goes_on(tmp_path: Path) ->
 def environ_of(pid: int) -> dict[str, str]:
     entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def test_leaving_runs_what_waits_for_the_exit_and_nothing_after_it():
+    program = (
+        "import atexit, sys; from fahooks.training import distributed\n"
+        "class Torn:\n"
+        "    def __del__(self): print('torn apart')\n"
+        "kept = Torn(); atexit.register(print, 'at exit'); print('last words', end=' '); {}(3)"
+    )
+    for leave, said in (("distributed.leave", "last words at exit\n"), ("sys.exit", "last words at exit\ntorn apart\n")):
+        done = call([sys.executable, "-c", program.format(leave)])
+        assert (done.returncode, done.stdout) == (3, said)
