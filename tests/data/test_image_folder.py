@@ -1,15 +1,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from fahooks.data import Files, datasets
+from fahooks.data import Augment, Batch, Examples, FfcvLoader, Files, Loader, MemoryLoader, TorchvisionLoader, View, datasets
 from fahooks.data.decoding import CorruptFile
+from fahooks.data.ffcv import library
 from fahooks.data.image_folder import image_files
 from fahooks.plugins import InputError
+
+TINY = {"path": "tiny-imagenet-32", "size": 32}
+REAL = {  # options of the dataset, images to train and to test on, classes
+    "cifar10_jpeg": ({}, 50_000, 10_000, 10),
+    "imagefolder": (TINY, 100_000, 10_000, 200),
+    "imagenet_sample": ({}, 200, 50, 250),
+}
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -137,3 +146,43 @@ def test_classes_are_numbered_in_the_order_of_their_names(tmp_path: Path):
     files, classes = image_files("x", tmp_path, side=8)
     assert classes == ["C", "a", "b"] and files.labels.tolist() == [0, 1, 2]
     assert (files.side, files.channels) == (8, 3)
+
+
+def real(name: str, root: Path) -> datasets.Dataset:
+    options, *_ = REAL[name]
+    folder = root / {"cifar10_jpeg": "cifar10-jpeg", "imagefolder": TINY["path"], "imagenet_sample": "imagenet-sample"}[name]
+    if not folder.is_dir():
+        pytest.skip(f"there is no {folder.name} under FAHOOKS_DATA")
+    return datasets.load(name, root=root, download=False, **options)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_folders_have_the_images_that_they_are_known_for(data_root: Path, name: str):
+    found = real(name, data_root)
+    assert (len(found.train), len(found.test), found.classes) == REAL[name][1:]
+
+
+@pytest.mark.parametrize("steps", [[], [{"random_resized_crop": {"size": 24}}, {"flip": {}}]], ids=["whole", "cropped"])
+@pytest.mark.parametrize("loader", ["torchvision", "ffcv"])
+@pytest.mark.parametrize("name", REAL)
+def test_real_images_are_the_same_from_every_loader(data_root: Path, tmp_path: Path, name: str, loader: str, steps: list[Any]):
+    if loader == "ffcv" and library.missing():
+        pytest.skip(str(library.missing()))
+    source = real(name, data_root).train
+    # FFCV's file holds all images of a source, so the source is cut down, to images of many classes.
+    some = source[torch.arange(0, len(source), len(source) // 30)]
+    examples = Examples(f"{name}/train", some, torch.randperm(len(some), generator=torch.Generator().manual_seed(0)))
+    view = View(9, True, *examples.statistics(), seed=7, augment=Augment(steps, seed=7))
+    loaders = {"torchvision": TorchvisionLoader(workers=2), "ffcv": FfcvLoader(folder=str(tmp_path), mode="raw", workers=2)}
+    expected = batches(MemoryLoader(), examples, view)
+    assert len(expected) == -(-len(some) // 9) >= 4
+    for ours, theirs in zip(batches(loaders[loader], examples, view), expected, strict=True):
+        for part in ("images", "labels", "index", "valid"):
+            assert torch.equal(getattr(ours, part), getattr(theirs, part)), part
+
+
+def batches(loader: Loader, examples: Examples, view: View) -> list[Batch]:
+    loader.prepare(examples)
+    with loader.open(examples, view) as stream:
+        stream.set_epoch(1)
+        return list(stream)
