@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from fahooks.plugins import InputError
-from fahooks.recipe import Recipe
-from fahooks.recipe.comparison import differences
 from fahooks.surgery import feedback_layers
 from fahooks.training.distributed import of_every_rank, rank, sharded, whole
+from fahooks.training.failures import is_out_of_memory
 from fahooks.training.run_directory import write
+from fahooks.training.sameness import check_same
 
 VERSION = 4
-
-FREE = ("name", "summary", "paper", "checkpoint", "data.root", "data.download", "train.distributed")
-"""Keys of a recipe that have no part in what a run computes: they may change before it goes on."""
 
 
 @dataclass
@@ -82,6 +78,10 @@ class Unusable(InputError):
     """A checkpoint is truncated, damaged, of another version, or none of this run."""
 
 
+class PassedOver(UserWarning):
+    """A checkpoint is unusable, and the one before is taken."""
+
+
 class Checkpoints:
     """The checkpoints of one run, a file each, named by the optimizer steps that were taken.
 
@@ -124,11 +124,11 @@ class Checkpoints:
                 old.unlink()
         return path
 
-    def newest(self) -> tuple[Path | None, dict[str, Any], list[str]]:
-        """The newest checkpoint that is whole, its state, and why newer ones were passed over.
+    def newest(self) -> tuple[Path | None, dict[str, Any]]:
+        """The newest checkpoint that is whole, and its state; None where nothing was saved yet.
 
-        An older one is taken since it is provably of the same run: it has the recipe in it, and a recipe and its seed determine
-        every step. So a run that goes on from there takes steps again, the same ones. None where nothing was saved yet.
+        An older one than the newest is taken, with a warning, since it is provably of the same run: it has the recipe in it, and
+        a recipe and its seed determine every step. So a run that goes on from there takes steps again, the same ones.
 
         Raises:
             Unusable: none is whole.
@@ -142,26 +142,13 @@ class Checkpoints:
                 refused.append(str(error))
             else:
                 check_same(state["recipe"], self.recipe, f"checkpoint {str(path)!r} was written")
-                return path, state, refused
+                for line in refused if rank() == 0 else ():
+                    warnings.warn(f"{line}; {path.name} is taken in its place", PassedOver, stacklevel=2)
+                return path, state
         if refused:
             left = f"no checkpoint in {str(self.folder)!r} is left to go on from: start the run anew"
             raise Unusable("\n".join([*refused, left]))
-        return None, {}, []
-
-
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
-    """Refuse to go on with `now` what was begun with another recipe.
-
-    Raises:
-        InputError: they differ in a key that has a part in what a run computes; a line each.
-    """
-    with suppress(ValidationError):  # written out again, for the keys that recipes did not have yet when it was begun
-        before = Recipe.model_validate(before).model_dump(mode="json")
-    changed = differences(before, now, apart_from=FREE)
-    if changed:
-        lines = [f"  {key}: {there} -> {here}" for key, (there, here) in changed.items()]
-        todo = "put the recipe back, or start a new run, in another folder and without --resume"
-        raise InputError("\n".join([f"{what} with another recipe (before -> now):", *lines, todo]))
+        return None, {}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -180,9 +167,9 @@ def read(path: Path) -> dict[str, Any]:
         raise Unusable(f"checkpoint {str(path)!r} is truncated or no checkpoint ({error})") from error
     except Unusable:
         raise
-    except MemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise Unusable(f"checkpoint {str(path)!r} can not be read ({type(error).__name__})") from error
     if not isinstance(state, dict) or "version" not in state:
         raise Unusable(f"{str(path)!r} is no checkpoint of a run")
@@ -204,6 +191,8 @@ def restore(state: Mapping[str, Any], parts: Mapping[str, Stateful], best: Path)
         try:
             part.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError) as error:
+            if is_out_of_memory(error):
+                raise
             reason = " ".join(str(error).split())
             raise Unusable(f"the checkpoint does not fit this run: {name}: {reason}") from error
     if rank() < len(state["generators"]):

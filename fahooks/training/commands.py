@@ -11,12 +11,12 @@ from rich.console import Console
 from fahooks.plugins import InputError, datasets, rules
 from fahooks.recipe import Recipe, find
 from fahooks.training import distributed
-from fahooks.training.checkpoint import check_same
 from fahooks.training.distributed import told
 from fahooks.training.failures import recorded
 from fahooks.training.fitting import load_fitting
 from fahooks.training.loop import Result, train
 from fahooks.training.run_directory import Following, RunDirectory, fresh_directory
+from fahooks.training.sameness import check_same
 from fahooks.training.setup import prepare
 
 QUICKSTART_RULES = ("bp", "fa", "usf_sn")

@@ -36,7 +36,7 @@ def origin(setup: Setup, checkpoints: Checkpoints, best: Path, steps: range, sto
     Raises:
         Stopped: the run was asked to stop.
     """
-    _, state, _ = checkpoints.newest()
+    _, state = checkpoints.newest()
     progress = restore(state, setup.parts, best)
     setup.model.train()
     setup.train.set_epoch(progress.epoch + 1, start=progress.batch)

@@ -14,8 +14,10 @@ import torch
 from fahooks.plugins import InputError
 from fahooks.recipe import find, load
 from fahooks.training.loop import evaluate
+from fahooks.training.resolution import with_data
 from fahooks.training.setup import Setup, prepare
 from fahooks.training.step import take_step
+from fahooks.training.streams import open_streams
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def dry_run(name: str, overrides: Sequence[str] = ()) -> Cost:
     """
     recipe = load(find(name), overrides)
     try:
-        setup = prepare(recipe.model_copy(update={"data": recipe.data.model_copy(update={"download": False})}), write=False)
+        here = with_data(recipe, download=False)
+        setup = prepare(here, open_streams(here, write=False))
     except InputError as error:
         note = "; a dry run downloads nothing" if recipe.data.download and "download" in str(error) else ""
         raise InputError(f"{error}{note}") from error

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, load, read_file
 from fahooks.training import checkpoint
 from fahooks.training.checkpoint import Checkpoints
+from fahooks.training.failures import worded
 from fahooks.training.loop import evaluate
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import Setup, prepare
+from fahooks.training.streams import divide, load_dataset, open_streams
 
 Weights = Literal["best", "last"]
 
@@ -72,13 +75,11 @@ def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str]
         raise InputError(f"{str(path)!r} is no run directory: it has no resolved.yaml")
     source = read_file(path / "resolved.yaml")
     trained, asked = load(source), load(source, overrides)
-    setup = prepare(asked)
     here = {"data": trained.data.model_copy(update={key: getattr(asked.data, key) for key in WHERE}), "train": asked.train}
     own = trained.model_copy(update=here)
-    if own.data != asked.data:
-        _normalise_as(own, setup)
-    step = _load(run, weights, setup)
-    with setup.train, setup.validation, setup.test:
+    setup = prepare(asked, None if own.data == asked.data else open_streams(asked, normalised_by=_statistics(own)))
+    step = _load(run, weights, setup, trained)
+    with worded(), setup.train, setup.validation, setup.test:
         found = {
             name: {**evaluate(setup, stream, name), "images": stream.images}
             for name, stream in (("validation", setup.validation), ("test", setup.test))
@@ -87,17 +88,16 @@ def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str]
     return Evaluation(setup.recipe, weights, step, named["validation"], named["test"])
 
 
-def _normalise_as(trained: Recipe, setup: Setup) -> None:
-    """Have the images of `setup` normalised by the statistics of those that `trained` learned from."""
+@worded()
+def _statistics(trained: Recipe) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of the images that `trained` learned from."""
     try:
-        with prepare(trained).train as seen:
-            for stream in (setup.validation, setup.test):
-                stream.mean, stream.std = seen.mean, seen.std
+        return divide(trained, load_dataset(trained)).train.statistics(trained.data.corrupt)
     except InputError as error:
         raise InputError(f"images are normalised as those that were trained on, and of these {error}") from error
 
 
-def _load(run: RunDirectory, weights: Weights, setup: Setup) -> int | None:
+def _load(run: RunDirectory, weights: Weights, setup: Setup, trained: Recipe) -> int | None:
     """Put the weights of `run` into what `setup` evaluates; the steps they had taken, for the last ones."""
     if weights == "best":
         if not run.best.is_file():
@@ -109,14 +109,13 @@ def _load(run: RunDirectory, weights: Weights, setup: Setup) -> int | None:
                 f"{str(run.best)!r} is damaged, or of another model: {' '.join(str(error).split())[:300]}"
             ) from error
         return None
-    paths = Checkpoints(run.checkpoints, {}).paths()
-    if not paths:
+    path, state = Checkpoints(run.checkpoints, trained.model_dump(mode="json")).newest()
+    if path is None:
         raise InputError(f"{str(run.path)!r} has no checkpoint")
-    state = checkpoint.read(paths[0])
     try:
         for name in ("model", "average"):
             if name in setup.parts:
                 setup.parts[name].load_state_dict(state["parts"][name])
     except (RuntimeError, KeyError) as error:
-        raise InputError(f"{str(paths[0])!r} is of another model: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{str(path)!r} is of another model: {' '.join(str(error).split())[:300]}") from error
     return state["progress"]["step"]

@@ -16,6 +16,24 @@ from fahooks.training.run_directory import RunDirectory
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+# What RuntimeErrors say where there is no memory left on the host: torch, its libraries, and Python's threads.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "can't start new thread", "could not create a memory")
+
+
+@contextmanager
+def worded() -> Iterator[None]:
+    """Put into a line what goes wrong outside of the program in the block, such as that no memory is left.
+
+    Raises:
+        Failed: that; the error itself is its cause. All others pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = reason(error)
+        if known is None:
+            raise
+        raise Failed(known) from error
 
 
 @contextmanager
@@ -33,7 +51,7 @@ def recorded(run: RunDirectory) -> Iterator[None]:
         if not somebody_failed():
             run.status("interrupted", resume=f"fahooks train --resume {run.path}")
         raise
-    except InputError as error:
+    except (InputError, Failed) as error:
         if fails_first():
             _record(run, error, str(error))
         raise
@@ -62,20 +80,32 @@ def _fault(error: Exception, run: RunDirectory) -> str:
     return f"{known}; this is a fault of fahooks or a plugin, with its traceback in {run.failure}"
 
 
-def reason(error: BaseException, run: RunDirectory) -> str | None:
-    """What went wrong outside of the program, and what to do; None where that is not known."""
-    again = f"go on with `fahooks train --resume {run.path}`"
+def reason(error: BaseException, run: RunDirectory | None = None) -> str | None:
+    """What went wrong outside of the program, and what to do; None where that is not known.
+
+    Arguments:
+        error: what was raised.
+        run: the run that it ended; None where it ended something before a run.
+    """
+    again = "give the same command again" if run is None else f"go on with `fahooks train --resume {run.path}`"
     if is_out_of_memory(error):
-        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        asked = re.search(r"(?:tried to allocate|unable to allocate) ([\d.]+ \w+)", str(error), re.IGNORECASE)
         what = f" ({asked[1]} more were asked for)" if asked else ""
-        return f"out of memory{what}: free some, then {again}; or start anew with a lower data.batch_size"
+        lower = "with a lower data.batch_size, or a higher train.accumulate, which takes a batch in several passes"
+        return f"out of memory{what}: free some, then {again}; or start anew {lower}"
     if is_lost_process(error):
         return f"another process of this run is gone, maybe killed: {again}, by torchrun again if you like"
     if not isinstance(error, OSError) or error.errno is None:
         return None
-    where = repr(str(error.filename)) if error.filename is not None else f"the run directory {str(run.path)!r}"
+    if error.filename is not None:
+        where = repr(str(error.filename))
+    elif run is not None:
+        where = f"the run directory {str(run.path)!r}"
+    else:
+        return None
     if error.errno in FULL:
-        return f"no room to write in {where} ({error.strerror}): make room, then {again}; the last checkpoint is whole"
+        kept = "" if run is None else "; the last checkpoint is whole"
+        return f"no room to write in {where} ({error.strerror}): make room, then {again}{kept}"
     if error.errno in MISSING:
         return f"{where} is missing ({error.strerror}): put it back, then {again}"
     return f"{where} can not be used ({error.strerror}): mend that, then {again}"
@@ -85,7 +115,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether host or device had no memory left; torch says so of the host in a RuntimeError."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "not enough memory" in str(error))
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def is_lost_process(error: BaseException) -> bool:

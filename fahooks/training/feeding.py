@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-
-from fahooks.data import Augment, Loader, Split, Stream, View, split
+from fahooks.data import Loader, Split, Stream
 from fahooks.data.ffcv.loader import FfcvLoader
 from fahooks.data.throughput import Throughput, measure
 from fahooks.plugins import InputError, loaders
 from fahooks.recipe import Recipe, find, load
-from fahooks.training.setup import build_loader, load_dataset
+from fahooks.training.device import choose_device
+from fahooks.training.resolution import with_data
+from fahooks.training.streams import build_loader, divide, load_dataset, training_view
 
 
 def prepare_data(name: str, overrides: Sequence[str] = ()) -> list[Path]:
@@ -61,18 +61,7 @@ def compare_loaders(
     """
     recipe = load(find(name), overrides)
     parts = _parts(recipe)
-    mean, std = parts.train.statistics(recipe.data.corrupt)
-    view = View(
-        batch_size=recipe.data.batch_size,
-        training=True,
-        mean=mean,
-        std=std,
-        seed=recipe.seed,
-        device="cuda" if recipe.train.device != "cpu" and torch.cuda.is_available() else "cpu",
-        channels_last=recipe.train.channels_last,
-        augment=Augment(recipe.data.augment, seed=recipe.seed),
-        corrupt=recipe.data.corrupt,
-    )
+    view = training_view(recipe, parts.train, choose_device(recipe.train.device))
     opened: dict[str, Stream] = {}
     opening: dict[str, float] = {}
     left_out: dict[str, str] = {}
@@ -94,11 +83,10 @@ def compare_loaders(
 
 
 def _parts(recipe: Recipe) -> Split:
-    return split(load_dataset(recipe), validation=recipe.data.validation, limit=recipe.data.limit, seed=recipe.seed)
+    return divide(recipe, load_dataset(recipe))
 
 
 def _build(recipe: Recipe, name: str) -> Loader:
     """A loader for `recipe`; with the recipe's options where it is the recipe's own."""
     options = recipe.data.loader_options if recipe.data.loader == name else {}
-    data = recipe.data.model_copy(update={"loader": name, "loader_options": options})
-    return build_loader(recipe.model_copy(update={"data": data}))
+    return build_loader(with_data(recipe, loader=name, loader_options=options))

@@ -156,7 +156,7 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
     probe = Probe(setup.model)  # before the checkpoint: sign flips count from the first weights, also in a resumed run
     recipe = setup.recipe
     checkpoints = Checkpoints(run.checkpoints, recipe.model_dump(mode="json"), keep=recipe.checkpoint.keep)
-    path, state, refused = checkpoints.newest() if resume else (None, {}, [])
+    path, state = checkpoints.newest() if resume else (None, {})
     progress = Progress() if path is None else checkpoint.restore(state, setup.parts, run.best)
     run.trim(progress.epoch, progress.step)
     run.layers(setup.report.as_dict())
@@ -169,8 +169,6 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
         sitting = Sitting(setup, run, progress, checkpoints, probe, board, display, stop, now - progress.seconds, now)
         if path is None:
             sitting.save()  # so that a disk without room is found out now
-        for line in refused:
-            display.line(f"passed over: {line}")
         if path is not None:
             display.line(f"goes on after step {progress.step}, in epoch {min(progress.epoch + 1, epochs)}/{epochs}, from {path}")
         try:

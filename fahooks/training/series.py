@@ -16,8 +16,10 @@ from fahooks.recipe import Recipe, RecipeError, Source, load
 from fahooks.recipe.comparison import differences
 from fahooks.training.commands import final_line
 from fahooks.training.loop import Diverged, train
+from fahooks.training.resolution import resolve
 from fahooks.training.run_directory import BARELY_BEGUN, RunDirectory, held
-from fahooks.training.setup import Setup, load_dataset, prepare, resolve
+from fahooks.training.setup import Setup, prepare
+from fahooks.training.streams import load_dataset
 
 MAY_CHANGE = ("checkpoint", "data.root", "data.download")
 """Keys of a recipe in which the runs of a series may differ from what is asked."""

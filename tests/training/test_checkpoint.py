@@ -11,7 +11,7 @@ from torch import nn
 import fahooks
 from fahooks.plugins import InputError
 from fahooks.training import checkpoint
-from fahooks.training.checkpoint import Checkpoints, Progress, Unusable
+from fahooks.training.checkpoint import Checkpoints, PassedOver, Progress, Unusable
 
 RECIPE = {"name": "r", "seed": 0, "optim": {"lr": 0.1}}
 
@@ -48,8 +48,8 @@ def test_a_restored_run_goes_on_with_the_same_bits(tmp_path: Path):
     other = parts(seed=5)
     matrix = "0.feedback.matrix"
     assert not torch.equal(other["model"].state_dict()[matrix], run["model"].state_dict()[matrix])
-    found, state, refused = checkpoints.newest()
-    assert (found, refused) == (path, [])
+    found, state = checkpoints.newest()
+    assert found == path
     assert checkpoint.restore(state, other, tmp_path / "best") == progress
     step(other)
     expected = run["model"].state_dict()
@@ -117,8 +117,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_never_in_sil
     run["model"].register_buffer("pattern", torch.full((64,), 1.5))
     older, newer = (checkpoints.save(run, Progress(step=number), tmp_path / "best") for number in (1, 2))
     newer.write_bytes(damage(newer.read_bytes()))
-    path, state, refused = checkpoints.newest()
-    assert (path, state["progress"]["step"], len(refused)) == (older, 1, 1)
+    with pytest.warns(PassedOver, match=f"{message}.*; step-000000001.pt is taken in its place"):
+        path, state = checkpoints.newest()
+    assert (path, state["progress"]["step"]) == (older, 1)
     older.unlink()
     with pytest.raises(Unusable, match=message) as caught:
         checkpoints.newest()
@@ -145,10 +146,24 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_the_differences(tmp_path
     assert Checkpoints(tmp_path / "c", {**RECIPE, "name": "other"}).newest()[0] is not None, "control"
 
 
+def test_no_memory_is_no_fault_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoints = Checkpoints(tmp_path / "c", RECIPE, keep=2)
+    for number in (1, 2):
+        checkpoints.save(parts(), Progress(step=number), tmp_path / "best")
+    _, state = checkpoints.newest()
+    model = nn.Linear(2, 2)
+    monkeypatch.setattr(model, "load_state_dict", lambda state: torch.empty(2**58, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        checkpoint.restore({**state, "parts": {"model": {}}}, {"model": model}, tmp_path / "best")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(2**58, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        checkpoints.newest()
+
+
 def test_a_checkpoint_that_does_not_fit_the_objects_is_refused(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path / "c", RECIPE)
     checkpoints.save(parts(), Progress(), tmp_path / "best")
-    _, state, _ = checkpoints.newest()
+    _, state = checkpoints.newest()
     with pytest.raises(Unusable, match="has the state of model, optimizer, schedule, hooks, and the run needs that of model"):
         checkpoint.restore(state, {"model": nn.Linear(2, 2)}, tmp_path / "best")
     with pytest.raises(Unusable, match="does not fit this run: model: .*weight"):

@@ -3,15 +3,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
 
+from fahooks.data import Examples, View
+from fahooks.data.memory import MemoryLoader
 from fahooks.plugins import InputError
 from fahooks.recipe import load
 from fahooks.training import checkpoint, commands
+from fahooks.training.checkpoint import PassedOver
 from fahooks.training.evaluation import Weights, evaluate_run
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import prepare
@@ -71,12 +75,12 @@ def test_other_images_are_normalised_as_those_that_were_trained_on(trained: Path
         (lambda run: (run / "best.safetensors").unlink(), "best", "has no best weights yet"),
         (lambda run: (run / "best.safetensors").write_bytes(b"x" * 100), "best", "best.safetensors' is damaged"),
         (lambda run: _truncate(run / "best.safetensors"), "best", "best.safetensors' is damaged"),
-        (lambda run: _truncate(*(run / "checkpoints").iterdir()), "last", "is truncated or no checkpoint"),
+        (lambda run: _truncate(*(run / "checkpoints").iterdir()), "last", "is truncated or no checkpoint.*\n.*is left to go on"),
         (lambda run: shutil.rmtree(run / "checkpoints"), "last", "has no checkpoint"),
         (lambda run: (run / "resolved.yaml").write_bytes(b"\xff"), "best", "resolved.yaml' can not be read"),
         (lambda run: (run / "resolved.yaml").write_text("name: x"), "best", "resolved.yaml:1: model: is missing"),
         (lambda run: _widen(run), "best", "best.safetensors' is damaged, or of another model"),
-        (lambda run: _widen(run), "last", "is of another model"),
+        (lambda run: _widen(run), "last", "was written with another recipe .*\n  model.classes: 10 -> 12"),
     ],
 )
 def test_what_is_damaged_is_one_clear_error(damage: Callable[[Path], None], weights: Weights, message: str, run: Path):
@@ -84,6 +88,33 @@ def test_what_is_damaged_is_one_clear_error(damage: Callable[[Path], None], weig
     with pytest.raises(InputError, match=message) as caught:
         evaluate_run(run, weights)
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path):
+    run = tmp_path / "run"
+    commands.start("quickstart", (*SMALL, "train.epochs=2", "checkpoint.keep=2"), run)
+    whole = [row["validation_error"] for row in RunDirectory(run).rows("epoch")]
+    older, newer = sorted((run / "checkpoints").iterdir())
+    assert evaluate_run(run, "last").step == int(newer.stem.removeprefix("step-"))
+    _truncate(newer)
+    with pytest.warns(PassedOver, match=f"{newer.name}' is truncated .*; {older.name} is taken in its place"):
+        found = evaluate_run(run, "last")
+    assert (found.step, found.validation["error"]) == (int(older.stem.removeprefix("step-")), whole[0])
+
+
+def test_images_are_loaded_and_opened_once(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    opened: list[str] = []
+    opens = MemoryLoader.open
+
+    def count(loader: MemoryLoader, examples: Examples, view: View) -> Any:
+        opened.append(examples.name)
+        return opens(loader, examples, view)
+
+    monkeypatch.setattr(MemoryLoader, "open", count)
+    for overrides in ((), ("data.limit=40",)):
+        opened.clear()
+        evaluate_run(trained, overrides=overrides)
+        assert opened == ["digits/train", "digits/train", "digits/test"]
 
 
 @pytest.mark.parametrize(

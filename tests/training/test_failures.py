@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import errno
+import mmap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fahooks.plugins import Failed, InputError
-from fahooks.training.failures import reason, recorded
+from fahooks.training.failures import is_out_of_memory, reason, recorded, worded
 from fahooks.training.run_directory import RunDirectory
 
 
@@ -38,16 +40,37 @@ def test_torch_runs_out_of_host_memory():
     assert said is not None and said.startswith(f"out of memory ({2**58} bytes more were asked for)")
 
 
+def test_every_library_says_in_its_own_way_that_there_is_no_memory():
+    for asks in (lambda: np.empty(2**58, np.uint8), lambda: bytearray(2**62), lambda: mmap.mmap(-1, 2**60)):
+        with pytest.raises((MemoryError, OSError)) as caught:
+            asks()
+        said = reason(caught.value)
+        assert said is not None and said.startswith("out of memory") and "give the same command again" in said
+    assert is_out_of_memory(RuntimeError("std::bad_alloc"))
+    assert not is_out_of_memory(OSError(errno.EIO, "Input/output error"))
+
+
+def test_before_a_run_there_is_a_line_too():
+    with pytest.raises(Failed, match="^out of memory: free some, then give the same command again; or start anew with a lower"):
+        with worded():
+            raise MemoryError
+    for passes in (InputError("x"), ZeroDivisionError(), Failed("out of memory: as it was")):
+        with pytest.raises(type(passes)) as caught, worded():
+            raise passes
+        assert caught.value is passes
+
+
 def test_each_end_is_recorded(tmp_path: Path):
     run = RunDirectory(tmp_path)
     for error, raised, state in (
         (KeyboardInterrupt("why"), KeyboardInterrupt, "interrupted"),
         (InputError("why"), InputError, "failed"),
+        (Failed("why"), Failed, "failed"),
         (ZeroDivisionError("why"), Failed, "failed"),
     ):
         with pytest.raises(raised, match="why"), recorded(run):
             raise error
         assert run.read_status()["state"] == state
-        assert run.failure.exists() == (raised is Failed)
+        assert run.failure.exists() == isinstance(error, ZeroDivisionError)
     assert "ZeroDivisionError" in run.failure.read_text()
     assert run.read_status()["reason"].startswith("ZeroDivisionError: why; this is a fault of fahooks or a plugin")

@@ -1,0 +1,49 @@
+"""The device that a run is on, and how exactly it computes there."""
+
+from __future__ import annotations
+
+import torch
+
+from fahooks.plugins import InputError
+from fahooks.recipe import Recipe
+
+REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that train.device names; "auto" is a GPU where there is one.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device=cuda, but torch finds no GPU here: use train.device=cpu, or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def set_up(recipe: Recipe, device: torch.device) -> None:
+    """Set the number of threads, and let float32 products be rounded on a GPU, or not: those of convolutions are by default.
+
+    Raises:
+        InputError: the device knows no such precision.
+    """
+    precision = recipe.train.precision
+    if precision == "tf32" and device.type == "cpu":
+        raise InputError("train.precision=tf32 is a precision of GPUs, and this runs on the CPU: use fp32, bf16 or fp16")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context that a forward pass of that precision runs in."""
+    reduced = REDUCED.get(precision)
+    return torch.autocast(device.type, reduced, enabled=reduced is not None)
+
+
+def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """What scales the loss; enabled for float16 only."""
+    return torch.amp.GradScaler(device.type, enabled=REDUCED.get(precision) is torch.float16)

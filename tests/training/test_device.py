@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fahooks.plugins import InputError
+from fahooks.recipe import Recipe
+from fahooks.training.setup import prepare
+
+Tiny = Callable[..., Recipe]
+
+
+def test_channels_last_and_bf16_reach_model_and_images(tiny: Tiny):
+    setup = prepare(tiny("train.channels_last=true", "train.precision=bf16"))
+    assert setup.model.get_parameter("conv2.weight").is_contiguous(memory_format=torch.channels_last)
+    with setup.autocast:
+        assert setup.forward(next(iter(setup.train)).images).dtype == torch.bfloat16
+
+
+def test_threads_are_set_only_if_given(tiny: Tiny):
+    torch.set_num_threads(2)
+    prepare(tiny("train.threads=null"))
+    assert torch.get_num_threads() == 2
+    prepare(tiny("train.threads=1"))
+    assert torch.get_num_threads() == 1
+
+
+def test_float32_is_rounded_where_that_is_asked_for_and_nowhere_else(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    prepare(tiny())
+    assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (False, "highest")
+    with pytest.raises(InputError, match="train.precision=tf32 is a precision of GPUs, and this runs on the CPU"):
+        prepare(tiny("train.precision=tf32"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_an_error(tiny: Tiny):
+    with pytest.raises(InputError, match="torch finds no GPU here: use train.device=cpu"):
+        prepare(tiny("train.device=cuda"))
+    assert prepare(tiny("train.device=auto")).device.type == "cpu"
