@@ -12,7 +12,7 @@ from fahooks.data.examples import Examples, Files, Images
 from fahooks.data.loader import Loader, Stream, View
 from fahooks.data.order import Share
 from fahooks.data.room import decoded_bytes, free_bytes
-from fahooks.plugins import InputError, loaders
+from fahooks.plugins import Failed, InputError, loaders
 
 READ_AT_ONCE = 64
 
@@ -21,7 +21,8 @@ class MemoryStream(Stream):
     """Batches from uint8 images of one size that lie on the training device.
 
     Raises:
-        InputError: the device has no room for the images, or a file can not be decoded.
+        InputError: a file can not be decoded.
+        Failed: the device has no room for the images.
     """
 
     def __init__(self, examples: Examples, view: View) -> None:
@@ -30,7 +31,7 @@ class MemoryStream(Stream):
         try:
             self.pixels = pixels.to(view.device)
         except torch.OutOfMemoryError as error:
-            raise InputError(
+            raise Failed(
                 f"{len(examples):,} images take {pixels.nbytes / 2**30:.1f} GiB, which {view.device} does not have free: "
                 "use fewer with data.limit, take data.loader=torchvision, or train.device=cpu"
             ) from error
@@ -70,7 +71,8 @@ class MemoryLoader(Loader):
         """A stream over `examples`.
 
         Raises:
-            InputError: there is no room for the images, or a file can not be decoded.
+            InputError: the host has no room for the images, or a file can not be decoded.
+            Failed: the device has none.
         """
         framing = view.augment.framing or examples.source.framing
         whole = framing is not None and framing.random and view.training

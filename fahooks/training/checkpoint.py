@@ -191,8 +191,6 @@ def restore(state: Mapping[str, Any], parts: Mapping[str, Stateful], best: Path)
         try:
             part.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError) as error:
-            if is_out_of_memory(error):
-                raise
             reason = " ".join(str(error).split())
             raise Unusable(f"the checkpoint does not fit this run: {name}: {reason}") from error
     if rank() < len(state["generators"]):

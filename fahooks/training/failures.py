@@ -51,14 +51,14 @@ def recorded(run: RunDirectory) -> Iterator[None]:
         if not somebody_failed():
             run.status("interrupted", resume=f"fahooks train --resume {run.path}")
         raise
-    except (InputError, Failed) as error:
-        if fails_first():
-            _record(run, error, str(error))
-        raise
     except Exception as error:
         if not fails_first():
             raise
-        known = reason(error, run) or _fault(error, run)
+        known = reason(error, run)
+        if known is None and isinstance(error, InputError | Failed):
+            _record(run, error, str(error))
+            raise
+        known = known or _fault(error, run)
         _record(run, error, known)
         raise Failed(known) from error
 
@@ -87,6 +87,8 @@ def reason(error: BaseException, run: RunDirectory | None = None) -> str | None:
         error: what was raised.
         run: the run that it ended; None where it ended something before a run.
     """
+    if isinstance(error, Failed):  # it is a line already
+        return None
     again = "give the same command again" if run is None else f"go on with `fahooks train --resume {run.path}`"
     if is_out_of_memory(error):
         asked = re.search(r"(?:tried to allocate|unable to allocate) ([\d.]+ \w+)", str(error), re.IGNORECASE)
@@ -112,12 +114,14 @@ def reason(error: BaseException, run: RunDirectory | None = None) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether host or device had no memory left; torch says so of the host in a RuntimeError."""
+    """Whether host or device had no memory left, also where that was taken for something else, such as for a wrong model."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 def is_lost_process(error: BaseException) -> bool:

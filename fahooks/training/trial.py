@@ -10,7 +10,6 @@ from fahooks.observation import as_found
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe
 from fahooks.rules import targets
-from fahooks.training.failures import is_out_of_memory
 
 
 def try_on(model: nn.Module, name: str, batch: Batch, classes: int, autocast: torch.autocast) -> None:
@@ -28,8 +27,6 @@ def try_on(model: nn.Module, name: str, batch: Batch, classes: int, autocast: to
     except InputError:
         raise
     except Exception as error:  # a model is code of others: it may raise anything
-        if is_out_of_memory(error):
-            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(
             f"model {name!r} does not run on images of shape {shape} (CxHxW): {reason}; name another, or set its options"

@@ -10,7 +10,7 @@ from PIL import Image
 from fahooks.data import Augment, Batch, Examples, Files, Images, MemoryLoader, Stream, View, epoch_order, memory
 from fahooks.data.decoding import CorruptFile, CorruptFileWarning
 from fahooks.data.framing import frame
-from fahooks.plugins import InputError
+from fahooks.plugins import Failed, InputError
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = Images(torch.randint(0, 256, (23, 2, 4, 4), dtype=torch.uint8, generator=GENERATOR), torch.arange(23))
@@ -115,7 +115,7 @@ def test_a_device_without_room_is_one_line(monkeypatch: pytest.MonkeyPatch):
     view = View(batch_size=5, training=True, mean=torch.zeros(2), std=torch.ones(2))
     labels = IMAGES.labels
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: full() if self.dtype == torch.uint8 else labels)
-    with pytest.raises(InputError, match="23 images take 0.0 GiB, which cpu does not have free: use fewer with data.limit"):
+    with pytest.raises(Failed, match="23 images take 0.0 GiB, which cpu does not have free: use fewer with data.limit"):
         MemoryLoader().open(examples, view)
 
 

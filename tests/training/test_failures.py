@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 import torch
 
 from fahooks.plugins import Failed, InputError
+from fahooks.training import commands
 from fahooks.training.failures import is_out_of_memory, reason, recorded, worded
 from fahooks.training.run_directory import RunDirectory
 
@@ -47,6 +52,9 @@ def test_every_library_says_in_its_own_way_that_there_is_no_memory():
         said = reason(caught.value)
         assert said is not None and said.startswith("out of memory") and "give the same command again" in said
     assert is_out_of_memory(RuntimeError("std::bad_alloc"))
+    taken_for_another = InputError("model 'x' could not be built")
+    taken_for_another.__cause__ = MemoryError()
+    assert is_out_of_memory(taken_for_another)
     assert not is_out_of_memory(OSError(errno.EIO, "Input/output error"))
 
 
@@ -74,3 +82,29 @@ def test_each_end_is_recorded(tmp_path: Path):
         assert run.failure.exists() == isinstance(error, ZeroDivisionError)
     assert "ZeroDivisionError" in run.failure.read_text()
     assert run.read_status()["reason"].startswith("ZeroDivisionError: why; this is a fault of fahooks or a plugin")
+
+
+LARGE = [
+    f"--set={o}" for o in ("data.batch_size=1300", "train.epochs=6", "train.threads=1", "train.device=cpu", "probes.every=null")
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc, and limited by RLIMIT_AS")
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_run_for_which_there_is_no_memory_says_so_in_a_line_and_keeps_its_checkpoint(step: int, tmp_path: Path):
+    script = Path(__file__).with_name("short_of_memory.py")
+    command = [sys.executable, str(script), str(step), "12", "train", "quickstart", *LARGE, "--out", "run"]
+    # All that is large is mapped when it is asked for, and given back at once: none of it is there from before.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert re.match(r"fahooks: out of memory( \(.* more were asked for\))?: free some, then ", done.stderr)
+    assert "lower data.batch_size" in done.stderr
+    if not step:
+        assert list(tmp_path.iterdir()) == []
+        return
+    run = RunDirectory(tmp_path / "run")
+    assert f"fahooks: {run.read_status()['reason']}\n" == done.stderr
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000003.pt"]
+    assert commands.resume(run.path).startswith("quickstart: test error")
+    assert [row["step"] for row in run.rows("epoch")] == [1, 2, 3, 4, 5, 6]
