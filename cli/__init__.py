@@ -82,11 +82,17 @@ class LazyGroup(click.Group):
                 raise
             except click.UsageError as error:
                 command = error.ctx.command_path if error.ctx else ctx.command_path
-                raise Refusal(f"{error.format_message().rstrip('.')}; `{command} --help` lists what it takes") from error
+                raise Refusal(f"{_worded(error)}; `{command} --help` lists what it takes") from error
             except InputError as error:
                 raise Refusal(str(error)) from error
             except Failed as error:
                 raise Fault(str(error)) from error
+
+
+def _worded(error: click.UsageError) -> str:
+    if isinstance(error, click.NoSuchOption):
+        return f"there is no option {error.option_name}{near(error.option_name, error.possibilities or ())}".rstrip("?")
+    return error.format_message().rstrip(".")
 
 
 def _print_own_warnings() -> None:

@@ -13,7 +13,7 @@ import click
 from fahooks import plugins
 from fahooks.plugins import InputError
 
-from .train import SETTINGS
+from .arguments import RECIPE, SETTINGS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,7 +89,7 @@ def step(
 
 
 @bench.command()
-@click.argument("recipe")
+@RECIPE
 @SETTINGS
 @click.option("--rounds", default=10, show_default=True, type=click.IntRange(2), help="Epochs of each that are timed.")
 def loop(recipe: str, overrides: tuple[str, ...], rounds: int) -> None:

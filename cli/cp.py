@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from .arguments import complete_shipped
+
 
 @click.command(epilog="Example: fahooks cp mnist/fa-usf-sn my-recipe.yaml")
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=complete_shipped)
 @click.argument("file", type=click.Path(path_type=Path))
 def cp(recipe: str, file: Path) -> None:
     """Copy the shipped RECIPE (`fahooks ls recipes`) to the new FILE, to edit it.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .train import SETTINGS, stoppable
+from .arguments import RECIPE, SETTINGS
+from .train import stoppable
 
 if TYPE_CHECKING:
     from fahooks.data.throughput import Throughput
@@ -21,7 +22,7 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("recipe")
+@RECIPE
 @SETTINGS
 def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
     """Write the .beton files that the ffcv loader reads for RECIPE, unless they are there, and print where they are.
@@ -38,7 +39,7 @@ def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
 
 
 @data.command()
-@click.argument("recipe")
+@RECIPE
 @click.option("--loaders", "names", metavar="NAMES", help="Such as memory,ffcv.  [default: all that work here]")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Turns that each loader gets.")
 @click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0), help="How long a turn is at least.")

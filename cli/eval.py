@@ -8,7 +8,8 @@ from typing import Literal
 
 import click
 
-from .train import SETTINGS, stoppable
+from .arguments import SETTINGS
+from .train import stoppable
 
 
 @click.command(name="eval", epilog="Example: fahooks eval runs/quickstart-1/fa --weights last")

@@ -35,8 +35,12 @@ KINDS = [*REGISTRIES, "recipes"]
 ZOOS = ("timm", "torchvision")
 
 
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return [kind for kind in KINDS if kind.startswith(incomplete)]
+
+
 @click.command(epilog="Example: fahooks ls rules 'usf*'")
-@click.argument("kind", metavar=f"[{'|'.join(KINDS)}]")
+@click.argument("kind", metavar=f"[{'|'.join(KINDS)}]", shell_complete=_complete)
 @click.argument("pattern", required=False)
 def ls(kind: str, pattern: str | None) -> None:
     """List what has a name, with its options and their defaults.

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from fahooks.plugins import InputError, near
 
-from .train import SETTINGS, numbers, stoppable
+from .arguments import SETTINGS, numbers
+from .train import stoppable
 
 TABLES = ("table1",)
 

@@ -6,11 +6,11 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from .train import SETTINGS
+from .arguments import RECIPE, SETTINGS
 
 
 @click.command(epilog="Example: fahooks show mnist/fa-usf-sn --set train.epochs=1")
-@click.argument("recipe")
+@RECIPE
 @SETTINGS
 def show(recipe: str, overrides: tuple[str, ...]) -> None:
     """Print RECIPE with its bases, every default and where each value comes from.

@@ -13,17 +13,11 @@ from rich.console import Console
 
 from fahooks.plugins import InputError
 
-SETTINGS = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change a key of the recipe, such as train.epochs=1; repeatable.",
-)
+from .arguments import SETTINGS, RecipeName, numbers
 
 
 @click.command(epilog="Example: fahooks train mnist/fa --set train.epochs=1 --set seed=1 --out runs/try")
-@click.argument("recipe", required=False)
+@click.argument("recipe", type=RecipeName(), required=False)
 @SETTINGS
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory, new or empty; by default runs/<recipe name>-<n>.")
 @click.option(
@@ -90,18 +84,6 @@ def train(
             raise InputError("name a recipe, such as mnist/fa (`fahooks ls recipes` lists all), or --resume a run directory")
         if distributed.rank() == 0:
             click.echo(line)
-
-
-def numbers(text: str) -> list[int]:
-    """Seeds, each once.
-
-    Raises:
-        InputError: `text` is no list of them.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and len(part) < 20 and int(part) < 2**63 for part in parts):
-        raise InputError(f"--seeds must be whole numbers from 0 on, such as 0,1,2 (got {text!r})")
-    return list(dict.fromkeys(map(int, parts)))
 
 
 def _sweep(recipe: str, overrides: tuple[str, ...], sweeps: tuple[str, ...], seeds: str | None, out: Path | None) -> None:

@@ -6,9 +6,11 @@ import click
 
 from fahooks.plugins import InputError
 
+from .arguments import RecipeName
+
 
 @click.command(epilog="Example: fahooks validate mnist/fa my-recipe.yaml")
-@click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
+@click.argument("recipes", nargs=-1, metavar="[RECIPE]...", shell_complete=RecipeName().shell_complete)
 def validate(recipes: tuple[str, ...]) -> None:
     """Check recipes, all shipped ones where none is named, and say what is wrong in each.
 
@@ -28,11 +30,13 @@ def validate(recipes: tuple[str, ...]) -> None:
 
 
 def _problems(name: str) -> list[str]:
-    from fahooks.recipe import RecipeError
-    from fahooks.training.fitting import load_fitting
+    from fahooks.recipe import RecipeError, find
 
     try:
-        load_fitting(name)
+        source = find(name)
+        from fahooks.training.fitting import load_fitting  # needs torch
+
+        load_fitting(source)
     except RecipeError as error:
         return error.problems
     except InputError as error:

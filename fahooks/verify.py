@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from fahooks.audit import audit
+from fahooks.auditing import audit
 from fahooks.observation import as_found, edges, inputs_first, tensors, with_gradient
 from fahooks.rules import Rule, targets
 from fahooks.rules.direct_matrix import DirectMatrix

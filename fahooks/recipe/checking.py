@@ -11,8 +11,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fahooks import models, plugins
-from fahooks.data import Augment
+from fahooks import plugins
 from fahooks.plugins import InputError, either, near, worded
 from fahooks.recipe.schema import OpenSection
 from fahooks.recipe.tree import ABSENT, Key, Tree, child_of, shown
@@ -84,6 +83,8 @@ def check_names(tree: Tree) -> None:
     if isinstance(name, str) and name in plugins.models:
         _check_options(tree, ("model",), plugins.models.get(name), own={"name"})
     elif isinstance(name, str):
+        from fahooks import models
+
         _try(tree, ("model", "name"), lambda: models.check(name))
         for option in sorted(WEIGHTS_FROM_ELSEWHERE & tree.get(("model",)).keys()):
             tree.problem(
@@ -169,6 +170,8 @@ def _check_augmentations(tree: Tree, steps: Any) -> None:
         _check_augmentation(tree, ("data", "augment", index), step)
     shaped = isinstance(steps, list) and all(isinstance(s, dict) and all(isinstance(o, dict) for o in s.values()) for s in steps)
     if shaped and len(tree.problems) == before:
+        from fahooks.data import Augment
+
         _try(tree, ("data", "augment"), lambda: Augment(steps))
 
 

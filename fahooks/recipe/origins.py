@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from fahooks import models, plugins
+from fahooks import plugins
 from fahooks.recipe.checking import left_out, with_defaults
 from fahooks.recipe.loading import load_marked
 from fahooks.recipe.reading import Source
@@ -55,6 +55,8 @@ def _completed(recipe: Recipe) -> Recipe:
     ]
     model = recipe.model
     if model.name in plugins.models:
+        from fahooks import models
+
         fitted = models.options_for_images(model.name, (0, 0, 0), 0).keys() - model.options.keys()
         complete = with_defaults(model, plugins.models.get(model.name))
         model = type(model).model_validate({k: v for k, v in complete.model_dump().items() if k not in fitted})

@@ -8,8 +8,6 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from fahooks.data.datasets import default_root
-
 
 class Section(BaseModel):
     """A mapping in a recipe: fixed keys, strict types, immutable."""
@@ -65,6 +63,13 @@ def _one_step(step: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return step
 
 
+def _default_root() -> str:
+    # It needs torch, which takes seconds to import and is of no use to who misspells the name of a recipe.
+    from fahooks.data.datasets import default_root
+
+    return default_root()
+
+
 class Data(Section):
     """What to train on.
 
@@ -84,7 +89,7 @@ class Data(Section):
 
     dataset: str
     dataset_options: dict[str, Any] = {}
-    root: str = Field(default_factory=default_root)
+    root: str = Field(default_factory=_default_root)
     download: bool = True
     loader: str = "auto"
     loader_options: dict[str, Any] = {}

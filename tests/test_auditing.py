@@ -72,7 +72,7 @@ def test_a_weight_used_functionally_is_named_with_the_line_that_used_it():
     findings = fahooks.audit(model, torch.randn(2, 3))
     assert findings.never_called == ("child",)
     assert named(findings) == [("child.weight",)]
-    assert "test_audit.py:" in findings.unrouted[0].source
+    assert "test_auditing.py:" in findings.unrouted[0].source
     assert findings.unrouted[0].source.endswith("child=nn.Linear(3, 4))")
 
 

@@ -1,0 +1,62 @@
+"""What several commands take: RECIPE, --set, and lists of seeds."""
+
+from __future__ import annotations
+
+import os
+
+import click
+from click.shell_completion import CompletionItem
+
+from fahooks.plugins import InputError
+
+
+class RecipeName(click.ParamType):
+    """A shipped recipe or a file, sought as soon as it is read: before torch is imported, which takes seconds."""
+
+    name = "recipe"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return `value`.
+
+        Raises:
+            InputError: there is no such recipe. Processes that torchrun started leave that to the command, which lets one speak.
+        """
+        from fahooks.recipe import find
+
+        if "RANK" not in os.environ:
+            find(value)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer shipped recipes and files."""
+        return [*complete_shipped(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
+
+
+def complete_shipped(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the shipped recipes."""
+    from fahooks.recipe import shipped_names
+
+    return [CompletionItem(name) for name in shipped_names() if name.startswith(incomplete)]
+
+
+RECIPE = click.argument("recipe", type=RecipeName())
+
+SETTINGS = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key of the recipe, such as train.epochs=1; repeatable.",
+)
+
+
+def numbers(text: str) -> list[int]:
+    """Seeds, each once.
+
+    Raises:
+        InputError: `text` is no list of them.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 20 and int(part) < 2**63 for part in parts):
+        raise InputError(f"--seeds must be whole numbers from 0 on, such as 0,1,2 (got {text!r})")
+    return list(dict.fromkeys(map(int, parts)))

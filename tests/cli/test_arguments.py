@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Runs the command and says which packages it imported.
+PROGRAM = """
+import sys
+from fahooks.cli import main
+try:
+    main(prog_name="fahooks")
+except SystemExit as end:
+    print("exit", end.code, file=sys.stderr)
+print("imported", *sorted({"torch", "numpy", "timm", "matplotlib"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def command(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in ("bench", "convert", "cp", "data", "doctor", "eval", "ls", "quickstart", "reproduce")),
+        *([name, "--help"] for name in ("show", "train", "validate")),
+        ["bench", "step", "--help"],
+        ["data", "bench", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_help_comes_without_torch(arguments: list[str]):
+    done = command(*arguments)
+    assert done.stderr == "exit 0\nimported\n"
+    assert "ahooks" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["trian"], "no command is named 'trian' - did you mean 'train'"),
+        (["train", "mnist/fo"], "no recipe is named 'mnist/fo', and there is no such file - did you mean 'mnist/fa'"),
+        (["show", "mnist/fo"], "no recipe is named 'mnist/fo'"),
+        (["cp", "mnist/fo", "x.yaml"], "no shipped recipe is named 'mnist/fo' - did you mean 'mnist/fa'"),
+        (["bench", "loop", "mnist/fo"], "no recipe is named 'mnist/fo'"),
+        (["data", "prepare", "mnist/fo"], "no recipe is named 'mnist/fo'"),
+        (["validate", "mnist/fo"], "the recipe is wrong"),
+        (["train", "mnist/fa", "--ste", "seed=1"], "there is no option --ste - did you mean '--set'"),
+        (["ls", "rule"], "nothing is listed under 'rule' - did you mean 'rules'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_misspelt_is_told_without_torch(arguments: list[str], problem: str, tmp_path: Path):
+    done = command(*arguments, cwd=tmp_path)
+    *line, end, imported = done.stderr.splitlines()
+    assert len(line) == 1 and problem.lower() in line[0].lower()
+    assert (end, imported) == ("exit 2", "imported")
+
+
+def test_a_right_name_imports_torch():
+    """The control: what the tests above say that they did not see is seen here."""
+    assert command("show", "mnist/fa").stderr.splitlines()[-1] == "imported numpy torch"
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("fahooks tr", "plain,train"),
+        ("fahooks train mnist/fa-usf-s", "plain,mnist/fa-usf-sn"),
+        ("fahooks cp cifar10-2/fa-usf-s", "plain,cifar10-2/fa-usf-sn"),
+        ("fahooks ls ru", "plain,rules"),
+    ],
+)
+def test_the_shell_completes_names_without_torch(words: str, offered: str):
+    count = str(len(words.split()) - 1)
+    done = command(_FAHOOKS_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=count)
+    assert offered in done.stdout.splitlines()
+    assert done.stderr == "exit 0\nimported\n"
