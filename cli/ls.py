@@ -5,19 +5,14 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fahooks import plugins
-from fahooks.plugins import Entry, InputError, Registry, near
+from fahooks.plugins import InputError, Registry, near
 
-if TYPE_CHECKING:
-    from fahooks.recipe import Shipped
+from .tables import print_rows
 
 REGISTRIES: dict[str, Registry] = {
     f"{registry.kind}s": registry
@@ -54,19 +49,27 @@ def ls(kind: str, pattern: str | None) -> None:
         from fahooks.recipe import list_recipes
 
         recipes = {recipe.name: recipe for recipe in list_recipes()}
-        _print(_recipe_table([recipes[name] for name in _matching(kind, recipes, pattern)]))
+        matching = [recipes[name] for name in _matching(kind, recipes, pattern)]
+        print_rows(("name", "summary", "paper"), [(recipe.name, recipe.summary, recipe.paper) for recipe in matching])
     elif kind == "models" and pattern is not None:
         _print_models(pattern)
     else:
         entries = {entry.name: entry for entry in REGISTRIES[kind]}
+        if kind == "datasets":
+            from fahooks.recipe import own_options
+
+            entries = {name: own_options(entry) for name, entry in entries.items()}
         if not entries:
             click.echo(f"no {REGISTRIES[kind].kind} is registered")
             return
-        _print(_entry_table([entries[name] for name in _matching(kind, entries, pattern)]))
+        matching = [entries[name] for name in _matching(kind, entries, pattern)]
+        rows = [(entry.name, entry.summary, _options(entry.options), entry.paper) for entry in matching]
+        print_rows(("name", "summary", "options", "paper"), rows)
         if kind == "models":
             click.echo(
                 "A model may also be timm/NAME, torchvision/NAME or path/to/file.py:factory; "
-                "`fahooks ls models 'timm/resnet*'` lists names."
+                "`fahooks ls models 'timm/resnet*'` lists names.",
+                err=True,
             )
 
 
@@ -99,40 +102,6 @@ def _zoo(library: str) -> list[str]:
     return [f"torchvision/{name}" for name in torchvision.models.list_models()]
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    # As Text, since rich reads "[N, C]" in a str as markup and drops it.
-    table.add_row(*map(Text, cells))
-
-
-def _entry_table(entries: Iterable[Entry]) -> Table:
-    table = _table("name", "summary", "options", "paper")
-    for entry in entries:
-        _add_row(table, entry.name, entry.summary, _options(entry.options), entry.paper)
-    return table
-
-
 def _options(options: Mapping[str, Any]) -> str:
     """Options as a user reads them: `scale=1.0`; a required one has no default."""
     return ", ".join(name if default is inspect.Parameter.empty else f"{name}={default}" for name, default in options.items())
-
-
-def _recipe_table(recipes: Iterable[Shipped]) -> Table:
-    table = _table("name", "summary", "paper")
-    for recipe in recipes:
-        _add_row(table, recipe.name, recipe.summary, recipe.paper)
-    return table
-
-
-def _print(table: Table) -> None:
-    """Print to the terminal's width; into a file or a pipe, whole lines, so that nothing is cut or wrapped."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, console.measure(table, options=console.options.update(max_width=10_000)).maximum)
-    console.print(table)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from fahooks.plugins import InputError, near
 
 from .arguments import SETTINGS, numbers
+from .tables import print_result
 from .train import stoppable
 
 TABLES = ("table1",)
@@ -42,7 +41,7 @@ def reproduce(
         diverged = reproduction.reproduce(_names(columns), _names(rows), numbers(seeds), overrides, out)
         cells = reproduction.write_table(out)
     if cells:
-        Console(width=None if sys.stdout.isatty() else 120).print(table1.table(cells))
+        print_result(table1.table(cells))
         click.echo(f"\n{table1.CAPTION}")
         for line in table1.changes(cells):
             click.echo(line)

@@ -21,8 +21,8 @@ def show(recipe: str, overrides: tuple[str, ...]) -> None:
     from fahooks.recipe import explain, find
 
     lines = explain(find(recipe), overrides)
-    column = max(len(line.text) for line in lines if len(line.text) < 60) + 2
     console = Console(soft_wrap=True)
+    column = max(len(line.text) for line in lines if len(line.text) < 60) + 2 if console.is_terminal else 0
     for line in lines:
-        origin = f"{'':{max(1, column - len(line.text))}}# {line.origin}" if line.origin else ""
+        origin = f"{'':{max(2, column - len(line.text))}}# {line.origin}" if line.origin else ""
         console.print(Text(line.text).append(origin, style="dim"))

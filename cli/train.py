@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from fahooks.plugins import InputError
 
 from .arguments import SETTINGS, RecipeName, numbers
+from .tables import print_result
 
 
 @click.command(epilog="Example: fahooks train mnist/fa --set train.epochs=1 --set seed=1 --out runs/try")
@@ -94,7 +94,7 @@ def _sweep(recipe: str, overrides: tuple[str, ...], sweeps: tuple[str, ...], see
     planned = sweep.plan(recipe, overrides, sweeps, None if seeds is None else numbers(seeds), out)
     diverged = sweep.train_missing(planned)
     runs = {", ".join(settings) or recipe: [read_run(path) for path in planned.paths(settings)] for settings in planned.settings}
-    Console(width=None if sys.stdout.isatty() else 120).print(tables.by_settings(runs))
+    print_result(tables.by_settings(runs))
     click.echo(f"runs in {planned.out}")
     if diverged:
         raise InputError("\n".join(diverged))
@@ -126,7 +126,7 @@ def quickstart(overrides: tuple[str, ...], out: Path | None) -> None:
         folder = commands.quickstart(overrides, out)
     runs = [read_run(folder / rule) for rule in commands.QUICKSTART_RULES]
     figures.comparison(runs, folder / "quickstart.png")
-    Console(width=None if sys.stdout.isatty() else 120).print(tables.comparison(runs))
+    print_result(tables.comparison(runs))
     click.echo(f"figure {folder / 'quickstart.png'}, runs in {folder}")
 
 

@@ -36,7 +36,7 @@ def _problems(name: str) -> list[str]:
         source = find(name)
         from fahooks.training.fitting import load_fitting  # needs torch
 
-        load_fitting(source)
+        load_fitting(source, here=False)
     except RecipeError as error:
         return error.problems
     except InputError as error:

@@ -7,8 +7,9 @@ import yaml
 
 from fahooks import plugins, recipe
 from fahooks.plugins import InputError
-from fahooks.recipe import RecipeError, Source, find, load
+from fahooks.recipe import RecipeError, Source, find, load, load_marked
 from fahooks.recipe.schema import Feedback
+from fahooks.recipe.tree import shown
 
 GOOD = """\
 name: small/run
@@ -111,7 +112,7 @@ def test_data_lie_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):
         (
             "data",
             "data: {dataset: digits, batch_size: yes, validation: 9}",
-            "6: data.batch_size: must be an integer (got True)",
+            "6: data.batch_size: must be an integer (got true)",
         ),
         (
             "data",
@@ -158,7 +159,7 @@ def test_data_lie_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):
         (
             "optim",
             "optim: {name: sgd, lr: 1, nesterov: true}",
-            "7: optim.nesterov: must be false where optim.momentum is 0: set that too, to 0.9 for one (got True)",
+            "7: optim.nesterov: must be false where optim.momentum is 0: set that too, to 0.9 for one (got true)",
         ),
         ("optim", "optim: {name: adam, lr: 1, betas: [0, 1]}", "7: optim.betas.1: must be less than 1 (got 1)"),
         ("schedule", "schedule: {name: step, gamma: 0.1}", "8: schedule.every: is missing"),
@@ -288,6 +289,49 @@ def test_numbers_may_be_written_as_people_write_them():
     assert load(source(optim="optim: {name: adam, lr: 1e-4, weight_decay: 2E3}")).optim.weight_decay == 2000
 
 
+def test_a_warm_up_that_the_run_ends_in_is_refused():
+    schedule = "schedule: {name: constant, warmup: %s}"
+    assert load(source(schedule=schedule % 3)).schedule.warmup == 3
+    expected = "8: schedule.warmup: must be at most train.epochs, 3, for the learning rate to arrive at what the schedule says"
+    assert problems(source(schedule=schedule % 3.5)) == [f"{expected} (got 3.5)"]
+    assert problems(source(), "schedule.warmup=2", "train.epochs=1") == [f"--set: {expected[3:].replace('3', '1')} (got 2)"]
+
+
+def test_a_run_directory_is_no_recipe(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resolved.yaml").touch()
+    with pytest.raises(
+        InputError, match="is a run directory: `fahooks train --resume .*run` goes on with the run, and .*resolved.yaml is"
+    ):
+        find(str(tmp_path / "run"))
+    with pytest.raises(InputError, match="no recipe is named .*, and there is a folder of that name, but no file"):
+        find(str(tmp_path))
+
+
+def test_folders_of_images_that_are_missing_are_told_with_everything_else(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+
+    def told(data: str, *, here: bool = True) -> list[str]:
+        line = f"data: {{dataset: imagefolder, batch_size: 5, validation: 9, limit: 9, {data}}}"
+        with pytest.raises(RecipeError) as caught:
+            load_marked(source(data=line), here=here)
+        return [problem.removeprefix("r.yaml:6: data.") for problem in caught.value.problems]
+
+    limit = "limit: must be more than the 9 images of data.validation, or none are left (got 9)"
+    path = "dataset_options: {path: images}"
+    assert told(f"root: /no/where, {path}") == [limit, "root: there is no such folder (got '/no/where')"]
+    assert told(f"root: {tmp_path}, dataset_options: {{path: imagse}}") == [
+        limit,
+        f"dataset_options.path: there is no such folder (got {shown(f'{tmp_path}/imagse')})",
+    ]
+    assert told("root: /no/where, dataset_options: {path: /no/images}")[1:] == [
+        "dataset_options.path: there is no such folder (got '/no/images')"
+    ]
+    for there in (f"root: {tmp_path}, {path}", f"root: /no/where, dataset_options: {{path: {tmp_path}}}"):
+        assert told(there) == [limit]
+    assert told(f"root: /no/where, {path}", here=False) == [limit], "a recipe may be checked where its data are not"
+
+
 # Overrides.
 
 
@@ -311,7 +355,14 @@ def test_overrides_change_keys_and_later_ones_win():
         ("train..epochs=3", "--set: must be dotted.key=value, such as train.epochs=1 (got 'train..epochs=3')"),
         ("train.epochs=many", "--set: train.epochs: must be an integer (got 'many')"),
         ("train.epochs=[1", "--set: train.epochs: not YAML: "),
-        ("train.epochs=", "--set: train.epochs: must be an integer (got None)"),
+        ("train.epochs=", "--set: train.epochs: must be an integer (got null)"),
+        ("optim.learning_rate=1", "--set: optim.learning_rate: unknown key (got 1) - did you mean 'lr'?"),
+        ("optim.Eta=1", "--set: optim.Eta: unknown key (got 1) - did you mean 'lr'?"),
+        ("lr=1", "--set: lr: unknown key (got 1) - did you mean 'optim.lr'?"),
+        ("train.bs=1", "--set: train.bs: unknown key (got 1) - did you mean 'data.batch_size'?"),
+        ("epochs=1", "--set: epochs: unknown key (got 1) - did you mean 'train.epochs'?"),
+        ("network=1", "--set: network: unknown key (got 1) - did you mean 'model'?"),
+        ("data.zzz=null", "--set: data.zzz: unknown key (got null)"),
         ("name.x=3", "--set: name.x: there is no such key, since name is 'small/run'"),
         ("feedback.7.rule=fa", "--set: feedback.7.rule: there is no such key, since feedback has the entries 0 to 1"),
         ("feedback.x=fa", "--set: feedback.x: there is no such key, since feedback has the entries 0 to 1"),

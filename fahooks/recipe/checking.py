@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Container, Mapping
+import os
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
@@ -13,8 +14,34 @@ from pydantic_core import ErrorDetails
 
 from fahooks import plugins
 from fahooks.plugins import InputError, either, near, worded
-from fahooks.recipe.schema import OpenSection
+from fahooks.recipe.schema import OpenSection, default_root
 from fahooks.recipe.tree import ABSENT, Key, Tree, child_of, shown
+
+# What other programs and papers call a key.
+SYNONYMS = {
+    **dict.fromkeys(("learning_rate", "learningrate", "eta", "alpha", "base_lr"), "lr"),
+    **dict.fromkeys(("wd", "l2", "decay", "regularization"), "weight_decay"),
+    **dict.fromkeys(("beta", "beta1", "beta2"), "betas"),
+    **dict.fromkeys(("bs", "minibatch", "mini_batch_size", "batch"), "batch_size"),
+    **dict.fromkeys(("net", "network", "arch", "architecture", "backbone"), "model"),
+    **dict.fromkeys(("optimizer", "optimiser"), "optim"),
+    **dict.fromkeys(("scheduler", "lr_scheduler", "lr_schedule"), "schedule"),
+    **dict.fromkeys(("rule", "rules", "method"), "feedback"),
+    **dict.fromkeys(("constraint", "constraints", "regularizers"), "hooks"),
+    **dict.fromkeys(("transform", "transforms", "augmentation", "augmentations"), "augment"),
+    **dict.fromkeys(("dir", "folder", "data_dir", "data_path"), "root"),
+    **dict.fromkeys(("val", "val_split", "valid", "holdout"), "validation"),
+    **dict.fromkeys(("subset", "n_train", "num_samples"), "limit"),
+    **dict.fromkeys(("amp", "mixed_precision", "dtype", "fp16", "bf16"), "precision"),
+    **dict.fromkeys(("clip", "grad_clip", "gradient_clipping", "max_norm", "clip_grad_norm"), "clip_norm"),
+    **dict.fromkeys(("iterations", "steps", "max_iter", "num_steps"), "max_steps"),
+    **dict.fromkeys(("gpu", "gpus", "cuda", "accelerator"), "device"),
+    **dict.fromkeys(("step_size", "milestones"), "every"),
+    "random_seed": "seed",
+}
+
+# The home of the datasets that are folders of images, none of which can be downloaded.
+IMAGE_FOLDERS = "fahooks.data.image_folder"
 
 SomeSection = TypeVar("SomeSection", bound=OpenSection)
 
@@ -33,7 +60,7 @@ def add_schema_problems(
     for detail in error.errors():
         key = _locate(tree, detail, at)
         if detail["type"] == "extra_forbidden":
-            words = unknown + near(str(key[-1]), _fields(tree, schema, key[:-1], at))
+            words = unknown + _meant(str(key[-1]), _fields(tree, schema, key[:-1], at), schema)
         else:
             words = worded(detail)
         found.setdefault(key, []).append(words)
@@ -70,6 +97,50 @@ def _fields(tree: Tree, schema: type[BaseModel], section: Key, at: Key) -> list[
     chosen = tree.get((*section, "name"))
     named = [kind for kind in kinds if "name" in kind.model_fields and chosen in get_args(kind.model_fields["name"].annotation)]
     return sorted({name for kind in named or kinds for name in kind.model_fields})
+
+
+def _meant(name: str, fields: Sequence[str], schema: type[BaseModel]) -> str:
+    """A clause with the keys that who wrote the unknown key `name` may have had in mind, empty where none is close."""
+    known = SYNONYMS.get(name.lower(), name)
+    if known in fields:
+        return f" - did you mean {known!r}?"
+    elsewhere = sorted(key for key in _dotted_keys(schema) if key != "name" and f".{key}".endswith(f".{known}"))
+    return f" - did you mean {', '.join(map(repr, elsewhere))}?" if elsewhere else near(name, fields)
+
+
+def _dotted_keys(schema: type[BaseModel]) -> set[str]:
+    """All keys of `schema` with those of its sections, such as optim and optim.lr; a name says which kind it is, and is none."""
+    keys = set(schema.model_fields)
+    for name, info in schema.model_fields.items():
+        for kind in (info.annotation, *get_args(info.annotation)):
+            if inspect.isclass(kind) and issubclass(kind, BaseModel):
+                keys |= {f"{name}.{field}" for field in kind.model_fields if field != "name"}
+    return keys
+
+
+def check_warmup(tree: Tree) -> None:
+    """Refuse a warm-up that the run ends in."""
+    warmup, epochs = tree.get(("schedule", "warmup")), tree.get(("train", "epochs"))
+    if isinstance(warmup, int | float) and isinstance(epochs, int) and warmup > epochs > 0:
+        what = f"must be at most train.epochs, {epochs}, for the learning rate to arrive at what the schedule says"
+        tree.problem(("schedule", "warmup"), f"{what} (got {shown(warmup)})")
+
+
+def check_folder(tree: Tree) -> None:
+    """Refuse folders of images that are not there."""
+    data = tree.get(("data",))
+    name = data.get("dataset") if isinstance(data, dict) else None
+    if not isinstance(name, str) or name not in plugins.datasets:
+        return
+    root, path = tree.get(("data", "root")), tree.get(("data", "dataset_options", "path"))
+    root, path = default_root() if root is None else root, "" if path is None else path
+    if plugins.datasets.get(name).target.__module__ != IMAGE_FOLDERS or not (isinstance(root, str) and isinstance(path, str)):
+        return
+    root, path = os.path.expanduser(root), os.path.expanduser(path)
+    if not os.path.isdir(os.path.join(root, path)):
+        in_root = bool(path) and (os.path.isabs(path) or os.path.isdir(root))
+        key = ("data", "dataset_options", "path") if in_root else ("data", "root")
+        tree.problem(key, f"there is no such folder (got {shown(os.path.join(root, path) if in_root else root)})")
 
 
 def check_names(tree: Tree) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fahooks.plugins import InputError, near
-from fahooks.recipe.checking import add_schema_problems, check_names
+from fahooks.recipe.checking import add_schema_problems, check_folder, check_names, check_warmup
 from fahooks.recipe.reading import Reader, Source, add_file, add_override, all_names, find_beside, read_file
 from fahooks.recipe.schema import Paper, Recipe
 from fahooks.recipe.tree import Tree, shown
@@ -50,22 +50,31 @@ def find(name: str) -> Source:
     return find_beside(name, beside=None)
 
 
-def load(source: Source | str, overrides: Sequence[str] = ()) -> Recipe:
+def load(source: Source | str, overrides: Sequence[str] = (), swept: Sequence[str] = ()) -> Recipe:
     """Read a recipe, its bases and `overrides`, and check all of it.
 
     Arguments:
         source: what `find` returned, or a name for it.
         overrides: "dotted.key=value" each, the value in YAML; later ones win.
+        swept: the same, and problems with them are those of --sweep.
 
     Raises:
         RecipeError: every problem in it, one a line.
         InputError: the recipe does not exist.
     """
-    return load_marked(find(source) if isinstance(source, str) else source, overrides)[0]
+    return load_marked(find(source) if isinstance(source, str) else source, overrides, swept)[0]
 
 
-def load_marked(source: Source, overrides: Sequence[str] = ()) -> tuple[Recipe, Tree]:
+def load_marked(
+    source: Source, overrides: Sequence[str] = (), swept: Sequence[str] = (), *, here: bool = False
+) -> tuple[Recipe, Tree]:
     """As `load`; with what was written of it, and where.
+
+    Arguments:
+        source: what `find` returned.
+        overrides: as `load` takes them.
+        swept: as `load` takes them.
+        here: whether it is trained on this machine, and the folder of its data has to be there.
 
     Raises:
         RecipeError: every problem in it, one a line.
@@ -76,12 +85,17 @@ def load_marked(source: Source, overrides: Sequence[str] = ()) -> tuple[Recipe, 
         raise RecipeError(tree.problems)
     for override in overrides:
         add_override(tree, override)
+    for override in swept:
+        add_override(tree, override, "--sweep")
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(tree.data)
     except ValidationError as error:
         add_schema_problems(tree, error, Recipe, ())
     check_names(tree)
+    check_warmup(tree)
+    if here:
+        check_folder(tree)
     if tree.problems or recipe is None:
         raise RecipeError(list(dict.fromkeys(tree.problems)))
     return recipe, tree

@@ -64,6 +64,11 @@ def find_beside(name: str, beside: Path | None) -> Source:
     hint = near(shipped, [k for k in known if not k.startswith("_")])
     file = "no such file" if not os.path.exists(path) else "a folder of that name, but no file"
     file = file if os.path.isdir(path) or not os.path.exists(path) else "something of that name that is no regular file"
+    if os.path.isfile(path / "resolved.yaml"):
+        raise InputError(
+            f"{shown(name)} is a run directory: `fahooks train --resume {name}` goes on with the run, and "
+            f"{path / 'resolved.yaml'} is its recipe"
+        )
     raise InputError(f"no recipe is named {shown(name)}, and there is {file}{hint}; `fahooks ls recipes` lists all")
 
 
@@ -278,25 +283,25 @@ def _overlay(target: dict[str, Any], data: dict[str, Any], at: Key, replaced: se
             replaced.add((*at, name))
 
 
-def add_override(tree: Tree, override: str) -> None:
-    """Set one dotted key."""
+def add_override(tree: Tree, override: str, option: str = "--set") -> None:
+    """Set one dotted key, as `option` of the command line says."""
     name, equals, text = override.partition("=")
     if not equals or not all(name.split(".")):
-        tree.problem((), f"must be dotted.key=value, such as train.epochs=1 (got {shown(override)})", where="--set")
+        tree.problem((), f"must be dotted.key=value, such as train.epochs=1 (got {shown(override)})", where=option)
         return
     key = _parsed_key(tree, name)
     if len(key) > MAX_DEPTH:
-        tree.problem((), f"too much for a recipe: more than {MAX_DEPTH} levels (got {shown(override)})", where="--set")
+        tree.problem((), f"too much for a recipe: more than {MAX_DEPTH} levels (got {shown(override)})", where=option)
         return
     own = Tree()
-    value = Reader(own, None, "--set").read(text, key)
+    value = Reader(own, None, option).read(text, key)
     tree.problems += own.problems
     if value is ABSENT:
         return
     if key[0] == "base":
-        tree.problem(key, "can only be given in a file", where="--set")
+        tree.problem(key, "can only be given in a file", where=option)
         return
-    _set(tree, key, value, own.marks)
+    _set(tree, key, value, own.marks, option)
 
 
 def _parsed_key(tree: Tree, name: str) -> Key:
@@ -308,17 +313,17 @@ def _parsed_key(tree: Tree, name: str) -> Key:
     return key
 
 
-def _set(tree: Tree, key: Key, value: Any, marks: Mapping[Key, str]) -> None:
+def _set(tree: Tree, key: Key, value: Any, marks: Mapping[Key, str], option: str) -> None:
     target = tree.data
     for depth, part in enumerate(key):
         if isinstance(target, list) and child_of(target, part) is ABSENT:
             has = f"{dotted(key[:depth])} has the entries 0 to {len(target) - 1}" if target else f"{dotted(key[:depth])} is empty"
-            tree.problem(key, f"there is no such key, since {has}", where="--set")
+            tree.problem(key, f"there is no such key, since {has}", where=option)
             return
         if depth == len(key) - 1:
             break
         if isinstance(target, dict) and target.get(part) is None:
-            tree.marks[key[: depth + 1]] = "--set"
+            tree.marks[key[: depth + 1]] = option
             target[part] = {}
         target = child_of(target, part)
     last = key[-1]
@@ -326,7 +331,7 @@ def _set(tree: Tree, key: Key, value: Any, marks: Mapping[Key, str]) -> None:
         for old in [k for k in tree.marks if k[: len(key)] == key]:
             del tree.marks[old]
         tree.marks |= marks
-        tree.marks[key] = "--set"
+        tree.marks[key] = option
         cast(Any, target)[last] = value
     else:
-        tree.problem(key, f"there is no such key, since {dotted(key[:-1])} is {shown(tree.get(key[:-1]))}", where="--set")
+        tree.problem(key, f"there is no such key, since {dotted(key[:-1])} is {shown(tree.get(key[:-1]))}", where=option)

@@ -63,11 +63,12 @@ def _one_step(step: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return step
 
 
-def _default_root() -> str:
-    # It needs torch, which takes seconds to import and is of no use to who misspells the name of a recipe.
-    from fahooks.data.datasets import default_root
+def default_root() -> str:
+    """Where data lie unless a recipe says otherwise."""
+    # Its module needs torch, which takes seconds to import and is of no use to who misspells the name of a recipe.
+    from fahooks.data import datasets
 
-    return default_root()
+    return datasets.default_root()
 
 
 class Data(Section):
@@ -89,7 +90,7 @@ class Data(Section):
 
     dataset: str
     dataset_options: dict[str, Any] = {}
-    root: str = Field(default_factory=_default_root)
+    root: str = Field(default_factory=default_root)
     download: bool = True
     loader: str = "auto"
     loader_options: dict[str, Any] = {}

@@ -19,7 +19,7 @@ class Tree:
 
     Attributes:
         data: mappings, lists and scalars.
-        marks: file:line of a key, or "--set".
+        marks: file:line of a key, or the option of the command line that set it.
         problems: a line each.
         whole: False once a file could not be read: what is missing then may be in it.
     """
@@ -85,7 +85,7 @@ def shown(value: Any) -> str:
 
 
 def _pieces(value: Any) -> Iterator[str]:
-    """The parts of repr(value), one after the other."""
+    """The parts of `value` as YAML, one after the other."""
     if isinstance(value, dict):
         yield "{"
         for place, (key, child) in enumerate(value.items()):
@@ -100,5 +100,7 @@ def _pieces(value: Any) -> Iterator[str]:
             yield ", " if place else ""
             yield from _pieces(child)
         yield "]"
+    elif value is None or isinstance(value, bool):
+        yield "null" if value is None else str(value).lower()
     else:
         yield repr(value[: SHOWN + 1] if isinstance(value, str) else value)

@@ -19,6 +19,7 @@ from fahooks.training.loop import evaluate
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import Setup, prepare
 from fahooks.training.streams import divide, load_dataset, open_streams
+from fahooks.training.trial import UnfitModel
 
 Weights = Literal["best", "last"]
 
@@ -77,7 +78,11 @@ def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str]
     trained, asked = load(source), load(source, overrides)
     here = {"data": trained.data.model_copy(update={key: getattr(asked.data, key) for key in WHERE}), "train": asked.train}
     own = trained.model_copy(update=here)
-    setup = prepare(asked, None if own.data == asked.data else open_streams(asked, normalised_by=_statistics(own)))
+    try:
+        setup = prepare(asked, None if own.data == asked.data else open_streams(asked, normalised_by=_statistics(own)))
+    except UnfitModel as error:
+        advice = f"name images like those that it was trained on, {trained.data.dataset}"
+        raise InputError(f"{error.fault}; {advice}") from error
     step = _load(run, weights, setup, trained)
     with worded(), setup.train, setup.validation, setup.test:
         found = {

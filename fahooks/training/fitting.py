@@ -16,14 +16,19 @@ from fahooks.surgery.selection import selector_test
 from fahooks.surgery.sites import Site, find_blocks, find_sites
 
 
-def load_fitting(source: Source | str, overrides: Sequence[str] = ()) -> Recipe:
+def load_fitting(source: Source | str, overrides: Sequence[str] = (), *, here: bool = True) -> Recipe:
     """As `fahooks.recipe.load`; and every pattern in the recipe matches a layer of its model.
+
+    Arguments:
+        source: what `find` returned, or a name for it.
+        overrides: "dotted.key=value" each.
+        here: whether it is trained on this machine, and the folder of its data has to be there.
 
     Raises:
         RecipeError: every problem in it, one a line, with the place where it was written.
         InputError: the recipe does not exist.
     """
-    recipe, tree = load_marked(find(source) if isinstance(source, str) else source, overrides)
+    recipe, tree = load_marked(find(source) if isinstance(source, str) else source, overrides, here=here)
     for key, what in misfits(recipe):
         tree.problem(key, what)
     if tree.problems:

@@ -70,10 +70,9 @@ def plan(
     runs = []
     for seed in seeds:
         for setting in settings:
+            recipe = load(source, (*overrides, f"seed={seed}"), setting)
             changed = (*overrides, *setting, f"seed={seed}")
-            runs.append(
-                Wanted(_folder(out, setting) / f"seed-{seed}", load(source, changed), source, changed, ", ".join(setting))
-            )
+            runs.append(Wanted(_folder(out, setting) / f"seed-{seed}", recipe, source, changed, ", ".join(setting)))
     return Sweep(out, settings, runs)
 
 

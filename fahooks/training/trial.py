@@ -12,11 +12,24 @@ from fahooks.recipe import Recipe
 from fahooks.rules import targets
 
 
+class UnfitModel(InputError):
+    """A model does not run on its images.
+
+    Arguments:
+        fault: what goes wrong; the message has advice for a new run beside it.
+    """
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+        super().__init__(f"{fault}; name another, or set its options")
+
+
 def try_on(model: nn.Module, name: str, batch: Batch, classes: int, autocast: torch.autocast) -> None:
     """Run one batch through the model.
 
     Raises:
-        InputError: the model does not run on these images, does not give logits [N, classes], or a rule has something against it.
+        UnfitModel: the model does not run on these images, or does not give logits [N, classes].
+        InputError: a rule has something against it.
     """
     shape = "x".join(map(str, batch.images.shape[1:]))
     modes = [(module, module.training) for module in model.modules()]
@@ -28,18 +41,16 @@ def try_on(model: nn.Module, name: str, batch: Batch, classes: int, autocast: to
         raise
     except Exception as error:  # a model is code of others: it may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(
-            f"model {name!r} does not run on images of shape {shape} (CxHxW): {reason}; name another, or set its options"
-        ) from error
+        raise UnfitModel(f"model {name!r} does not run on images of shape {shape} (CxHxW): {reason}") from error
     finally:
         for module, mode in modes:
             module.training = mode
     images = len(batch.labels)
     given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(given, tuple) or len(given) != 2 or given[0] != images or given[1] < classes:
-        raise InputError(
+        raise UnfitModel(
             f"model {name!r} must give logits of shape {(images, classes)} for {images} images of shape {shape} (CxHxW), "
-            f"and gave {given}: name another, or set its options"
+            f"and gave {given}"
         )
 
 

@@ -22,15 +22,18 @@ def fahooks(*arguments: str) -> Result:
 
 
 def table(*arguments: str) -> dict[str, str]:
-    """First word of a row -> the row, of a table that was printed in whole lines."""
+    """First word of a row -> the row, of a table that was printed into a pipe: tabs between cells, and nothing to fill up."""
     result = fahooks("ls", *arguments)
     assert result.exit_code == 0, result.stderr
-    return {line.split()[0]: line for line in result.stdout.splitlines()[2:]}
+    assert all(line == line.rstrip() and "  " not in line for line in result.stdout.splitlines())
+    header, *rows = (line.split("\t") for line in result.stdout.splitlines())
+    assert header[:2] == ["name", "summary"]
+    return {row[0]: "\t".join(row) for row in rows}
 
 
 def test_rules_describe_themselves():
     rows = table("rules")
-    assert list(rows)[: len(plugins.rules.names())] == plugins.rules.names()
+    assert list(rows) == plugins.rules.names()
     for entry in plugins.rules:
         assert entry.summary in rows[entry.name]
         assert entry.paper in rows[entry.name]
@@ -69,7 +72,13 @@ def test_models_say_what_else_works():
     result = fahooks("ls", "models")
     assert "paper/mnist" in result.stdout
     for form in ("timm/NAME", "torchvision/NAME", "file.py:factory"):
-        assert form in result.stdout
+        assert form in result.stderr
+
+
+def test_datasets_have_the_options_that_dataset_options_takes():
+    rows = table("datasets")
+    assert rows["mnist"].split("\t")[2] == ""
+    assert rows["imagefolder"].split("\t")[2].startswith("path, size=224")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from fahooks.cli import main
 def test_show_prints_yaml_with_the_origin_of_each_value():
     done = CliRunner().invoke(main, ["show", "mnist/fa", "--set", "train.epochs=1"])
     assert done.exit_code == 0
+    assert "name: mnist/fa  # fahooks/recipes/mnist/fa.yaml:2" in done.stdout.splitlines(), "nothing to align into a pipe"
     lines = [[part.strip() for part in line.split("  #")] for line in done.stdout.splitlines()]
     assert ["name: mnist/fa", "fahooks/recipes/mnist/fa.yaml:2"] in lines
     assert ["epochs: 1", "--set"] in lines
