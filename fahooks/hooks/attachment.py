@@ -54,10 +54,21 @@ class Attachment:
         self.rules = dict(rules)
         self._optimizer = optimizer
         self._skipped = False
-        for rule, weight in self.rules.values():
-            rule.attach(weight, optimizer)
+        self._attach_rules()
         self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         _attached.update(dict.fromkeys(self._parts(), ref(self)))
+
+    def _attach_rules(self) -> None:
+        """Attach the rules; where one of them can not be, none is."""
+        done: list[tuple[Rule, nn.Parameter]] = []
+        try:
+            for rule, weight in self.rules.values():
+                rule.attach(weight, self._optimizer)
+                done.append((rule, weight))
+        except InputError:
+            for rule, weight in done:
+                rule.detach(weight, self._optimizer)
+            raise
 
     def remove(self) -> None:
         """Take all of it off the optimizer, which then steps as it did before `attach`; weights stay as they are."""

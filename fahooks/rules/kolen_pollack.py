@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from fahooks.plugins import InputError
 from fahooks.rules.base import LearningRule, register_rule
@@ -38,7 +38,13 @@ class KolenPollack(LearningRule, FeedbackAlignment):
         super().__init__(init=init, distribution=distribution, gain=gain)
 
     def attach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
-        """Put B into the parameter group of W."""
+        """Put B into the parameter group of W.
+
+        Raises:
+            InputError: the optimizer is an LBFGS that has stepped: its memory is one vector of all parameters, without B.
+        """
+        if isinstance(optimizer, LBFGS) and any(optimizer.state.values()):
+            raise InputError(f"{self.label}: an LBFGS that has stepped can take in no B: attach to a new one")
         super().attach(weight, optimizer)
         _group(weight, optimizer)["params"].append(self.matrix)
         self.updated = self.matrix
@@ -68,6 +74,9 @@ class KolenPollack(LearningRule, FeedbackAlignment):
         # In place: some optimizers hold on to the list itself.
         parameters[:] = [parameter for parameter in parameters if parameter is not self.updated]
         optimizer.state.pop(self.updated, None)
+        if isinstance(optimizer, LBFGS):  # what it remembers is of all parameters together, B among them: it begins anew
+            optimizer.state.clear()
+            optimizer._numel_cache = None
 
 
 def _group(weight: nn.Parameter, optimizer: Optimizer) -> dict:

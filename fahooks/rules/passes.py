@@ -88,9 +88,11 @@ class WholeModelRule(DirectRule):
 
     Attributes:
         passes: the forward passes of the model that was converted; set at conversion.
+        output: the tensor of the model's output that the user chose to take the error from; None where nobody chose.
     """
 
     passes: Passes
+    output: int | str | None = None
 
     def finish(self, visit: Visit, output: Any, current: Pass) -> Any:
         """The model's output, as it is to be returned; called at the end of the pass for each visit of this rule."""
@@ -145,19 +147,35 @@ class Passes:
         current: the pass that is running; None outside of one.
         targets: what the next passes are to know of.
         kept: the passes that ended inside `kept_passes`; None outside of it.
+        chosen: the tensors of the model's output that rules take their error from by choice, each with the name of a rule.
+        reached: those tensors of the output that an error has reached, until one of them is a chosen one.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.current: Pass | None = None
         self.targets: Targets | None = None
         self.kept: list[Pass] | None = None
+        self.chosen: dict[int | str, str] = {}
+        self.reached: set[int | str] = set()
         self.handles = (
             model.register_forward_pre_hook(self.begin, with_kwargs=True, prepend=True),
             model.register_forward_hook(self.end, always_call=True),
         )
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Begin a pass."""
+        """Begin a pass.
+
+        Raises:
+            InputError: after the passes before, errors reached the model's output, and no tensor of it that a rule listens to.
+        """
+        if self.reached and self.reached.isdisjoint(self.chosen):
+            option, rule = next(iter(self.chosen.items()))
+            used = ", ".join(map(repr, self.reached))
+            self.reached = set()
+            raise InputError(
+                f"{rule}: its layers learn nothing, since the loss does not use output={option!r} of the model, but {used}: "
+                "choose another output=, or compute the loss from that one"
+            )
         tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim() > 0)
         first = next(tensors, None)
         self.current = Pass(1 if first is None else first.shape[0], self.targets)
@@ -171,7 +189,17 @@ class Passes:
             self.kept.append(current)
         for visit in reversed(current.visits):
             output = visit.rule.finish(visit, output, current)
+        if self.reached.isdisjoint(self.chosen) and not torch.compiler.is_compiling():
+            self.chosen = {_key(output, v.rule.output): v.rule.label for v in current.visits if v.rule.output is not None}
+            if self.chosen:
+                self._watch(output)
         return output
+
+    def _watch(self, output: Any) -> None:
+        """Note which tensors of the output an error reaches."""
+        for key, part in _parts(output).items():
+            if isinstance(part, Tensor) and part.requires_grad:
+                part.register_hook(lambda _, key=key: self.reached.add(key))
 
     def remove(self) -> None:
         """Watch no more."""
@@ -327,11 +355,15 @@ def chosen(output: Any, option: int | str | None, rule: str) -> tuple[Tensor, Ca
                 f"{rule}: the model returns several tensors, or none ({_available(parts)}): choose one with the option output="
             )
         option = found[0]
-    if option in getattr(output, "_fields", ()):
-        option = output._fields.index(option)
+    option = _key(output, option)
     if not isinstance(parts.get(option), Tensor):
         raise InputError(f"{rule}: the model's output has no tensor output={option!r}; there are {_available(parts)}")
     return parts[option], lambda tensor: _with_part(output, option, tensor)
+
+
+def _key(output: Any, option: int | str) -> int | str:
+    """The key in `_parts` of what the user calls `option`: a field of a named tuple by its place."""
+    return output._fields.index(option) if option in getattr(output, "_fields", ()) else option
 
 
 def _parts(output: Any) -> Mapping[Any, Any]:

@@ -320,7 +320,7 @@ def test_a_folder_that_vanishes_meanwhile_is_one_line(file: Path, tmp_path: Path
         (("paper/mnist", "--option", "rule=usf"), "rule 'fa' has no option 'rule'"),
         (("paper/mnist", "--option", "gain=abc"), "rule 'fa': gain must be a number (got 'abc')"),
         (("paper/mnist", "--seed", "x"), "Invalid value for '--seed': 'x' is not a valid integer; `"),
-        (("paper/mnist", "--sed", "1"), "there is no option --sed - did you mean '--seed'; `fahooks convert --help`"),
+        (("paper/mnist", "--sed", "1"), "there is no option --sed - did you mean '--seed'; `"),
         ((), "Missing argument 'MODEL'; `"),
         (("paper/mnist", "--option", "gain"), "--option must be KEY=VALUE, such as --option gain=0.5, got 'gain'"),
         (("paper/mnist", "--option", "gain=[1"), "--option 'gain=[1': the value is no YAML: "),

@@ -22,6 +22,7 @@ from fahooks import plugins
 from fahooks.cli import main
 from fahooks.recipe import RecipeError, Source, load, reading, tree
 from fahooks.recipe.loading import MAX_PROBLEMS
+from fahooks.training.fitting import load_fitting
 
 GOOD = {
     "name": "small/run",
@@ -410,6 +411,53 @@ def _refused(command: str, name: str, folder: Path) -> None:
     assert all(line.isprintable() and len(line) < 2000 for line in done.output.splitlines())
     assert len(done.stdout.splitlines()) == (command == "validate")
     assert sorted(folder.rglob("*")) == before
+
+
+FAULTS = {
+    **{name: text for name, text in BOMBS.items() if len(text) <= reading.MAX_BYTES},
+    **{f"tag {tag.split()[0]}": TEXT.replace("words", tag) for tag in RUNS},
+    "the same key twice": TEXT + "seed: 3\nseed: 4\n",
+    "the same key twice, far inside": TEXT.replace("{every: 5}", "{every: 5, every: 6}"),
+    "many faults": TEXT.replace("sgd, lr: 1e-3", "sgd, lr: x, learning_rate: 3").replace("{epochs: 3}", "{epochs: -1}"),
+    "one fault": TEXT.replace("0.9", "-1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_command_ends_with_exit_2_and_a_line_for_each_fault(fault: str, in_tmp: Path):
+    (in_tmp / "r.yaml").write_text(FAULTS[fault])
+    with watched():
+        done = CliRunner().invoke(main, ["train", "r.yaml"])
+    assert (done.exit_code, done.stdout) == (2, ""), done.exception
+    with pytest.raises(RecipeError) as caught:
+        load_fitting(Source("r.yaml", FAULTS[fault]))
+    assert done.stderr.splitlines() == [f"fahooks: {caught.value.problems[0]}", *caught.value.problems[1:]]
+    assert [path.name for path in in_tmp.iterdir()] == ["r.yaml"]
+
+
+def test_whatever_a_recipe_says_the_command_refuses_it_or_finds_it_right(in_tmp: Path):
+    outcomes = set[int]()
+
+    @settings(max_examples=100, derandomize=True, database=None, suppress_health_check=SLOW, deadline=None)
+    @given(recipes())
+    def run(text: str) -> None:
+        (in_tmp / "r.yaml").write_bytes(text.encode(errors="surrogatepass"))
+        with watched():
+            done = CliRunner().invoke(main, ["validate", "r.yaml"])
+        outcomes.add(done.exit_code)
+        assert isinstance(done.exception, SystemExit | None), done.exception
+        if done.exit_code == 0:
+            assert done.output == "r.yaml: ok\n"
+        else:
+            assert (done.exit_code, done.stderr) == (2, "fahooks: the recipe is wrong\n")
+            for line in done.stdout.splitlines():
+                assert line.isprintable() and len(line) <= 1000
+                assert re.match(r"r\.yaml:\d+: .|recipe 'r.yaml' can not|and \d+ more", line)
+
+    CliRunner().invoke(main, ["validate", "mnist/fa"])  # imports what is imported once
+    run()
+    assert outcomes == {0, 2}
+    assert sorted(path.name for path in in_tmp.iterdir()) == ["r.yaml"]
 
 
 def test_all_faults_come_in_a_hundred_lines():

@@ -218,3 +218,26 @@ def test_a_b_that_was_replaced_is_refused():
     rule.matrix = rule.matrix.clone()
     with pytest.raises(InputError, match="was moved or replaced after fahooks.attach: attach again"):
         train(model, optimizer, 1)
+
+
+def test_an_lbfgs_that_has_stepped_takes_no_matrix_in_and_gives_those_it_has_back():
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(6, 4)
+    fahooks.convert(model, {"0": "wm", "2": "kp"})
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    handle = fahooks.attach(model, optimizer)
+    first = optimizer.step(closure)
+    handle.remove()
+    fahooks.revert(model)
+    last = optimizer.step(closure)
+    assert last < first
+    fahooks.convert(model, {"0": "wm", "2": "kp"})
+    with pytest.raises(InputError, match="^kp: an LBFGS that has stepped can take in no B: attach to a new one$"):
+        fahooks.attach(model, optimizer)
+    fahooks.attach(model, torch.optim.LBFGS(model.parameters(), lr=0.1))  # nothing was attached by halves

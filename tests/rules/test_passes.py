@@ -375,3 +375,37 @@ def test_a_layer_whose_input_has_not_the_batch_is_refused_by_name() -> None:
         net(X)
     fahooks.convert(net, "dfa", exclude="bias")
     assert gradients(net, X).keys() == dict(net.named_parameters()).keys()
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.main, self.aux = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.tanh(self.body(x))
+        return {"main": self.main(hidden), "aux": self.aux(hidden)}
+
+
+@pytest.mark.parametrize("rule", ["dfa", "drtp"])
+def test_a_choice_that_the_loss_does_not_use_is_told_before_the_second_step(rule: str) -> None:
+    net, x = TwoHeads(), torch.randn(6, 4)
+    fahooks.convert(net, rule, output="main")
+    with fahooks.targets(net, torch.zeros(6, dtype=torch.int64)):
+        net(x)["aux"].sum().backward()
+        assert net.body.weight.grad is None
+        with pytest.raises(
+            InputError, match=f"^{rule}: its layers learn nothing, since .* output='main' of the model, but 'aux'"
+        ):
+            net(x)
+
+
+def test_a_choice_that_any_loss_uses_will_do() -> None:
+    net, x = TwoHeads(), torch.randn(6, 4)
+    fahooks.convert(net, "dfa", output="main")
+    for used in (("aux", "main"), ("aux",), ("aux",)):
+        output = net(x)
+        for name in used:  # a backward pass for each
+            output[name].sum().backward()
+    net(x)
+    assert net.body.weight.grad is not None
