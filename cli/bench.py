@@ -60,9 +60,8 @@ def step(
     MODEL is timm/NAME, torchvision/NAME, a registered name such as paper/mnist, or path/to/file.py:factory. Rows are medians over
     rounds with quartiles. `backprop again` is a second copy of backpropagation: no ratio says more than its own.
     """
-    # torch's profiler, which measures memory, talks otherwise.
+    # torch's profiler, which measures memory, reports on itself otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     from fahooks import benchmark

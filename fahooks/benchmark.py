@@ -148,9 +148,9 @@ def _contestant(
     def step() -> None:
         with precision, targets(model, labels):
             loss = F.cross_entropy(forward(images), labels)
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     if compiled:
         step()  # direct rules draw their matrices

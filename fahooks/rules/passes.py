@@ -361,7 +361,7 @@ def chosen(output: Any, option: int | str | None, rule: str) -> tuple[Tensor, Ca
     return parts[option], lambda tensor: _with_part(output, option, tensor)
 
 
-def _key(output: Any, option: int | str) -> int | str:
+def _key(output: Any, option: Any) -> Any:
     """The key in `_parts` of what the user calls `option`: a field of a named tuple by its place."""
     return output._fields.index(option) if option in getattr(output, "_fields", ()) else option
 

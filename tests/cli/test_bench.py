@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,15 @@ def test_bench_step_prints_a_row_a_rule_and_writes_json(tmp_path: Path):
     assert document["about"] == lines[0]
     assert [timing["name"] for timing in document["timings"]] == ["backprop", "backprop again", "fa", "dfa"]
     assert set(document["timings"][2]["ratios"]["cpu"]) == {"low", "median", "high"}
+
+
+def test_bench_step_leaves_stderr_to_warnings():
+    """Also where torch is there already, and its log level can not be set any more."""
+    program = f"import torch\nfrom fahooks.cli import main\nmain({[*SMALL, '--image', '12', '--rules', 'fa,brsf,kp,wm']})"
+    environment = {name: value for name, value in os.environ.items() if "LOG_LEVEL" not in name}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.count("\n") == 8
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

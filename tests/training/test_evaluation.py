@@ -123,7 +123,10 @@ def test_images_are_loaded_and_opened_once(trained: Path, monkeypatch: pytest.Mo
         ("optim.lr=1", "an evaluation may change data, train.device, train.threads, and no other key"),
         ("database=1", "an evaluation may change"),
         ("data.dataset=digit", "no dataset is named 'digit'"),
-        ("data.augment=[{crop: {size: 4}}]", "does not run on images of shape 1x4x4"),
+        (
+            "data.augment=[{crop: {size: 4}}]",
+            "does not run on images of shape 1x4x4 .*; name images like those that it was trained on, digits$",
+        ),
     ],
 )
 def test_what_can_not_be_evaluated_is_refused(override: str, message: str, trained: Path):
