@@ -141,6 +141,19 @@ class Cutout(Augmentation):
         self.size = size
         self.fill = fill
 
+    def shape(self, shape: Shape) -> Shape:
+        """`shape`, as it is.
+
+        Raises:
+            InputError: the square is larger than the image.
+        """
+        _, height, width = shape
+        if self.size > min(height, width):
+            raise InputError(
+                f"a cutout of {self.size}x{self.size} pixels is larger than images of {height}x{width}: choose a smaller size"
+            )
+        return shape
+
     def corners(self, shape: Shape, draw: Draw) -> tuple[Tensor, Tensor]:
         """Top and left of each square, int64 [N] each, in images of `shape` (C, H, W); negative where it begins outside."""
         _, height, width = shape

@@ -11,7 +11,15 @@ from fahooks.plugins import InputError
 
 
 class CorruptFile(InputError):
-    """A file that is not there, or is no image that can be decoded as a whole."""
+    """A file that is not there, or is no image that can be decoded as a whole.
+
+    Arguments:
+        what: the file, what is wrong with it, and what to do about it; that it may be skipped is added.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}, or leave such files out with data.corrupt=skip")
+        self.what = what
 
 
 class CorruptFileWarning(UserWarning):
@@ -34,7 +42,5 @@ def decode(path: str, channels: Literal[1, 3] = 3) -> Tensor:
     # What Pillow raises at damaged files, and at files that would fill the memory.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
-        raise CorruptFile(
-            f"{path} can not be decoded ({reason}): replace or remove it, or leave such files out with data.corrupt=skip"
-        ) from error
+        raise CorruptFile(f"{path} can not be decoded ({reason}): replace or remove it") from error
     return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)

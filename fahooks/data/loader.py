@@ -142,10 +142,18 @@ class Stream(ABC):
         try:
             return self.examples.read(place)
         except CorruptFile as error:
-            if self.view.corrupt == "refuse":
-                raise
-            warnings.warn(f"skipped: {error}", CorruptFileWarning, stacklevel=2)
+            self.skip(error)
             return None
+
+    def skip(self, error: CorruptFile) -> None:
+        """Name a file that can not be decoded in a warning.
+
+        Raises:
+            CorruptFile: `error`, where such files are refused.
+        """
+        if self.view.corrupt == "refuse":
+            raise error
+        warnings.warn(f"skipped: {error.what}", CorruptFileWarning, stacklevel=3)
 
     def boxes(self, sizes: Tensor, index: Tensor, epoch: int) -> Tensor:
         """Which box of each image is seen, where `framing` takes one.

@@ -81,7 +81,7 @@ class Data(Section):
         dataset_options: the options of that dataset.
         loader: a registered loader, or "auto".
         loader_options: the options of that loader.
-        batch_size: images a step.
+        batch_size: images a step, over all processes together; where fewer are trained on, a step takes all of them.
         validation: how many training images choose the best epoch: a number, or a fraction.
         limit: use at most this many training images, validation included.
         augment: registered augmentations with their options, one a mapping, for training images; {crop: {size: 24}} for one.

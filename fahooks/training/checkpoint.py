@@ -120,9 +120,15 @@ class Checkpoints:
         if rank() == 0:
             self.folder.mkdir(exist_ok=True)
             write(path, partial(_dump, state))
-            for old in self.paths()[self.keep :]:
-                old.unlink()
+        self.prune(path)
         return path
+
+    def prune(self, newest: Path) -> None:
+        """Delete those that are too old, counted from `newest` on: what a run left that was killed before it did so, as well."""
+        if rank() == 0:
+            paths = self.paths()
+            for old in paths[paths.index(newest) :][self.keep :]:
+                old.unlink()
 
     def newest(self) -> tuple[Path | None, dict[str, Any]]:
         """The newest checkpoint that is whole, and its state; None where nothing was saved yet.

@@ -16,7 +16,7 @@ from fahooks.observation import as_found, tensors
 from fahooks.surgery import feedback_rules
 from fahooks.training.checkpoint import Checkpoints, restore
 from fahooks.training.setup import Setup
-from fahooks.training.step import known, loss_of, take_step
+from fahooks.training.step import counted, known, loss_of, take_step
 from fahooks.training.stopping import Stop, Stopped
 
 
@@ -55,7 +55,7 @@ def origin(setup: Setup, checkpoints: Checkpoints, best: Path, steps: range, sto
 
 def _loss(setup: Setup, batch: Batch) -> Tensor:
     """The loss of a batch, as a step takes it in one pass, but without the factor of a GradScaler."""
-    loss, summed, _ = loss_of(setup, setup.model, batch.images, known(batch), count=batch.count)
+    loss, summed, _ = loss_of(setup, setup.model, batch.images, known(batch), count=counted(setup, batch))
     return summed if setup.scaler.is_enabled() else loss
 
 

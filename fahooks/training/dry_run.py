@@ -99,7 +99,7 @@ def dry_run(name: str, overrides: Sequence[str] = ()) -> Cost:
         evaluation = _timed(setup, lambda: evaluate(setup, [evaluated], "validation"))
     cuda = setup.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Cost(setup, losses.item() / max(1, first.count), step, evaluation, evaluated.count, peak)
+    return Cost(setup, losses.item() / max(1, int(first.valid.sum())), step, evaluation, evaluated.count, peak)
 
 
 def _timed(setup: Setup, work: Callable[[], Any]) -> float:

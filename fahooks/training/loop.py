@@ -27,7 +27,7 @@ from fahooks.training.failures import recorded
 from fahooks.training.progress import Display
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import Setup
-from fahooks.training.step import known, loss_of, mistakes, take_step
+from fahooks.training.step import counted, known, loss_of, mistakes, take_step
 from fahooks.training.stopping import Stop, Stopped
 
 # How many steps apart the loss is looked at: each look makes the host wait for the device.
@@ -158,6 +158,8 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
     checkpoints = Checkpoints(run.checkpoints, recipe.model_dump(mode="json"), keep=recipe.checkpoint.keep)
     path, state = checkpoints.newest() if resume else (None, {})
     progress = Progress() if path is None else checkpoint.restore(state, setup.parts, run.best)
+    if path is not None:
+        checkpoints.prune(path)
     run.trim(progress.epoch, progress.step)
     run.layers(setup.report.as_dict())
     epochs = recipe.train.epochs
@@ -311,7 +313,8 @@ def evaluate(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None
 
 
 def _measure(setup: Setup, p: Probe, batch: Batch) -> None:
-    p.measure(lambda: loss_of(setup, setup.model, batch.images, known(batch), count=batch.count)[0])
+    count = counted(setup, batch)
+    p.measure(lambda: loss_of(setup, setup.model, batch.images, known(batch), count=count)[0])
 
 
 def _log_probe(sitting: Sitting, epoch: int) -> None:

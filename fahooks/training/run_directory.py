@@ -31,7 +31,8 @@ LOSSES = ["train_loss", "train_error", "validation_loss", "validation_error", "t
 RUNS = Path("runs")
 LOCK = ".lock"
 PARTIAL = ".partial"
-BARELY_BEGUN = {LOCK, "recipe.yaml", f"recipe.yaml{PARTIAL}", f"resolved.yaml{PARTIAL}"}
+# What a run may have left that was killed before resolved.yaml, which comes last, made it one to go on with.
+BARELY_BEGUN = {LOCK, *(name + end for name in ("recipe.yaml", "env.json") for end in ("", PARTIAL)), f"resolved.yaml{PARTIAL}"}
 COLUMNS = ["epoch", "step", "lr", *LOSSES, "images_per_second", "seconds"]
 
 
@@ -76,8 +77,8 @@ class RunDirectory:
         """
         run = cls(fresh_directory(out, recipe.name, text=source.text))
         run.write("recipe.yaml", source.text)
-        run.write("resolved.yaml", recipe.as_yaml())
         run.write("env.json", _json({**_environment(source, overrides), "choices": dict(choices or {})}))
+        run.write("resolved.yaml", recipe.as_yaml())
         return run
 
     @classmethod

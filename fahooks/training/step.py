@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fahooks.data import Batch
 from fahooks.rules import IGNORED, targets
-from fahooks.training.distributed import reducing
+from fahooks.training.distributed import reducing, total
 from fahooks.training.setup import Setup
 
 
 def take_step(setup: Setup, batch: Batch) -> tuple[Tensor, Tensor]:
-    """One step of the optimizer, on the gradient of the mean loss over a batch.
+    """One step of the optimizer, on the gradient of the mean loss over what can be learned from of a batch, on all ranks.
 
     Arguments:
         setup: what `prepare` made.
@@ -27,6 +27,7 @@ def take_step(setup: Setup, batch: Batch) -> tuple[Tensor, Tensor]:
     config = setup.recipe.train
     losses = torch.zeros((), device=setup.device)
     wrong = torch.zeros((), dtype=torch.int64, device=setup.device)
+    count = counted(setup, batch)
     # No share of a rank is smaller, and every rank must take as many passes as the others.
     passes = max(1, min(config.accumulate, batch.count // setup.train.view.world))
 
@@ -34,7 +35,7 @@ def take_step(setup: Setup, batch: Batch) -> tuple[Tensor, Tensor]:
     parts = zip(batch.images.tensor_split(passes), known(batch).tensor_split(passes), strict=True)
     for number, (images, labels) in enumerate(parts, 1):
         with reducing(setup.wrapped, last=number == passes):
-            loss, summed, logits = loss_of(setup, setup.forward, images, labels, count=batch.count)
+            loss, summed, logits = loss_of(setup, setup.forward, images, labels, count=count)
             loss.backward()
         losses += summed.detach()
         wrong += mistakes(logits, labels)
@@ -51,7 +52,7 @@ def take_step(setup: Setup, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(
-    setup: Setup, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, count: int
+    setup: Setup, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, count: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What one forward pass gives.
 
@@ -60,14 +61,14 @@ def loss_of(
         model: setup.model, or setup.forward.
         images: float32 [N, C, H, W].
         labels: int64 [N], IGNORED where an example does not count.
-        count: how many examples the step learns from, in all passes, on all ranks.
+        count: how many examples the step learns from, in all passes, on all ranks; a number, or a tensor [].
 
     Returns:
         What to take the gradient of: the part of these examples in the mean loss, times the scaler's factor. The losses added up.
         The logits [N, classes].
     """
     # Ranks' gradients are averaged: each rank's loss counts as often as there are ranks.
-    share = setup.train.view.world / max(1, count)
+    share = setup.train.view.world / (count.double().clamp(min=1) if isinstance(count, Tensor) else max(1, count))
     scaled = setup.scaler.is_enabled()
     # The factor stays on the device. drtp sends no gradient, and has to be told what the loss is multiplied by.
     factor = setup.scaler.scale(torch.ones((), device=setup.device)) if scaled else 1.0
@@ -75,6 +76,14 @@ def loss_of(
         logits = model(images)
         summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=setup.recipe.train.label_smoothing)
     return summed * share * factor, summed, logits
+
+
+def counted(setup: Setup, batch: Batch) -> int | Tensor:
+    """How many examples a step learns from, over all ranks, int64 []: those of the batch but for files that were skipped.
+
+    All ranks have to call it. Where no file is skipped it is known beforehand, and no rank waits for another.
+    """
+    return batch.count if setup.train.view.corrupt == "refuse" else total(batch.valid.sum())
 
 
 def known(batch: Batch) -> Tensor:

@@ -174,6 +174,13 @@ def test_a_crop_that_makes_no_sense_is_refused(options: dict[str, int], message:
         Augment([{"crop": options}])
 
 
+def test_a_cutout_larger_than_the_image_is_refused():
+    augment = Augment([{"crop": {"size": 6}}, {"cutout": {"size": 7}}])
+    with pytest.raises(InputError, match="a cutout of 7x7 pixels is larger than images of 6x6: choose a smaller size"):
+        augment.shape((3, 9, 9))
+    assert Augment([{"cutout": {"size": 6}}]).shape((3, 6, 9)) == (3, 6, 9)
+
+
 def test_windows_larger_than_the_image_are_refused():
     with pytest.raises(InputError, match="10x10 pixels does not fit into images of 6x7 with padding 1"):
         Augment([{"crop": {"size": 10, "padding": 1}}]).shape((3, 6, 7))

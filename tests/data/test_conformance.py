@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fahooks.data import Batch, Examples, Files, Images, Loader, MemoryLoader, Share, Stream, TorchvisionLoader, View, conformance
-from fahooks.data.decoding import CorruptFileWarning
+from fahooks.data.decoding import CorruptFile, CorruptFileWarning
 
 Check = Callable[[Loader, Path], None]
 LOADERS = {
@@ -55,6 +55,52 @@ class OwnOrder(Plain):
 
     def _shares(self) -> Iterator[Share]:
         return reversed(list(super()._shares()))
+
+
+class Alone(Plain):
+    """Every rank gets all examples, filled up or not."""
+
+    def _shares(self) -> Iterator[Share]:
+        view, self.view = self.view, replace(self.view, rank=0, world=1)
+        try:
+            return iter(list(super()._shares()))
+        finally:
+            self.view = view
+
+
+class OtherPixels(Plain):
+    """Augmentation is that of another epoch."""
+
+    def augment(self, pixels: Tensor, index: Tensor, *, framed: bool = False) -> Tensor:
+        self.epoch += 1
+        try:
+            return super().augment(pixels, index, framed=framed)
+        finally:
+            self.epoch -= 1
+
+
+class OtherLabels(Plain):
+    """Two examples of a batch have exchanged their labels."""
+
+    def _batch(self, share: Share, pixels: Tensor) -> Batch:
+        batch = super()._batch(share, pixels)
+        return replace(batch, labels=batch.labels.roll(1))
+
+
+class CountsFillers(Plain):
+    """What only fills a share up is evaluated as well."""
+
+    def _shares(self) -> Iterator[Share]:
+        for share in super()._shares():
+            yield replace(share, valid=torch.ones_like(share.valid))
+
+
+class Uneven(Plain):
+    """Shares are not filled up."""
+
+    def _shares(self) -> Iterator[Share]:
+        for share in super()._shares():
+            yield replace(share, index=share.index[share.valid], valid=share.valid[share.valid])
 
 
 class Reused(Plain):
@@ -119,6 +165,50 @@ class Swallows(Plain):
             return pixels
 
 
+class Reworded(Plain):
+    """A step that raises is reported as something else."""
+
+    def augment(self, pixels: Tensor, index: Tensor, *, framed: bool = False) -> Tensor:
+        try:
+            return super().augment(pixels, index, framed=framed)
+        except ArithmeticError:
+            raise RuntimeError("a worker failed") from None
+
+
+class Unnamed(Plain):
+    """Files that can not be decoded are refused without their names."""
+
+    def read(self, place: int) -> Tensor | None:
+        try:
+            return super().read(place)
+        except CorruptFile:
+            raise CorruptFile("an image can not be decoded") from None
+
+
+class LeavesOut(Plain):
+    """An example that is skipped does not come at all, and others move up."""
+
+    def framed(self, share: Share, images: Sequence[Tensor | None], epoch: int) -> tuple[Share, Tensor]:
+        share, pixels = super().framed(share, images, epoch)
+        return replace(share, index=share.index[share.valid], valid=share.valid[share.valid]), pixels[share.valid]
+
+
+class SkipsBatches(Plain):
+    """With a file that is skipped goes all of its batch."""
+
+    def framed(self, share: Share, images: Sequence[Tensor | None], epoch: int) -> tuple[Share, Tensor]:
+        share, pixels = super().framed(share, images, epoch)
+        return share.only(share.valid.all()), pixels
+
+
+class CountsOwn(Plain):
+    """The count of a global batch is without what this rank skipped."""
+
+    def framed(self, share: Share, images: Sequence[Tensor | None], epoch: int) -> tuple[Share, Tensor]:
+        share, pixels = super().framed(share, images, epoch)
+        return replace(share, count=int(share.valid.sum())), pixels
+
+
 class Black(Plain):
     """Corrupt JPEGs come out black, as in FFCV."""
 
@@ -170,15 +260,28 @@ BROKEN = [
     (conformance.same_arrays, Swapped, "has other pixels"),
     (conformance.same_arrays, OwnOrder, "has another index"),
     (conformance.same_arrays, DropsLast, "batches were announced and"),
+    (conformance.same_arrays, Alone, "has another index"),
+    (conformance.same_arrays, OtherPixels, "has other pixels"),
+    (conformance.same_arrays, OtherLabels, "has another labels"),
     (conformance.same_files, Swapped, "has other pixels"),
+    (conformance.same_files, OtherPixels, "has other pixels"),
     (conformance.kept_batches_stay, Reused, "is overwritten by a later one"),
     (conformance.evaluates_each_once, DropsLast, "batches were announced and"),
+    (conformance.evaluates_each_once, Alone, "not every example is evaluated exactly once"),
+    (conformance.evaluates_each_once, CountsFillers, "not every example is evaluated exactly once"),
+    (conformance.evaluates_each_once, Uneven, "batches differ in length"),
+    (conformance.evaluates_each_once, OtherLabels, "labels are not those of their examples"),
     (conformance.early_breaks_leak_nothing, LeaksThreads, "left 30 threads"),
     (conformance.early_breaks_leak_nothing, LeaksMemory, "left .* MiB"),
     (conformance.a_failing_step_raises, Hangs, "leaves the reader waiting"),
     (conformance.a_failing_step_raises, Swallows, "goes unnoticed"),
+    (conformance.a_failing_step_raises, Reworded, "is reported as RuntimeError: a worker failed"),
+    (conformance.a_corrupt_file_is_refused, Unnamed, "does not name"),
     (conformance.a_corrupt_file_is_refused, Black, "is fed as if it were whole"),
     (conformance.a_corrupt_file_is_skipped, Black, "no warning names"),
+    (conformance.a_corrupt_file_is_skipped, LeavesOut, "changes which examples come"),
+    (conformance.a_corrupt_file_is_skipped, SkipsBatches, "exactly the file that is damaged"),
+    (conformance.a_corrupt_file_is_skipped, CountsOwn, "changes the count of a batch"),
     (conformance.goes_on_where_it_stopped, FromTheStart, "batches came, where"),
     (conformance.goes_on_where_it_stopped, ByReading, "has another index"),
     (conformance.closes_twice, LeaksThreads, "leaves a thread"),

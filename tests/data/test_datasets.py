@@ -115,15 +115,18 @@ def test_cifar10_on_disk_is_read_without_a_download(small_cifar10: Path):
 
 
 def test_cifar100_on_disk_is_read_with_its_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Made-up files with the names and keys of the real ones: https://www.cs.toronto.edu/~kriz/cifar.html."""
     from torchvision.datasets import CIFAR100
 
     folder = tmp_path / CIFAR100.base_folder
     folder.mkdir()
     for file, count in (("train", 4), ("test", 2)):
         row = (torch.arange(count * 3072) % 251).byte().view(count, 3072)
-        labels = {"fine_labels": [99, *range(1, count)], "coarse_labels": [0] * count}
-        (folder / file).write_bytes(pickle.dumps({"data": _Array(row), **labels}, protocol=2))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(n) for n in range(100)]}, protocol=2))
+        names = {"filenames": [f"{n}.png" for n in range(count)], "batch_label": f"{file}ing batch 1 of 1"}
+        labels = {"fine_labels": [99, *range(1, count)], "coarse_labels": [19] * count}
+        (folder / file).write_bytes(pickle.dumps({**names, **labels, "data": _Array(row)}, protocol=2))
+    meta = {"fine_label_names": [str(n) for n in range(100)], "coarse_label_names": [str(n) for n in range(20)]}
+    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=2))
     sums = {file: hashlib.md5((folder / file).read_bytes()).hexdigest() for file in ("train", "test", "meta")}
     monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])

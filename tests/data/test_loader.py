@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
-from fahooks.data import Augment, Examples, Images, Share, Stream, View
+from fahooks.data import Augment, Examples, Files, Images, Share, Stream, View
+from fahooks.data.decoding import CorruptFile, CorruptFileWarning
 
 IMAGES = Images(torch.arange(10).byte().view(10, 1, 1, 1).expand(10, 1, 2, 2), torch.arange(100, 110))
 EXAMPLES = Examples("x", IMAGES, torch.arange(10))
@@ -52,6 +55,21 @@ def test_two_ranks_see_each_example_once_and_equally_many():
         assert [len(b.labels) for b in batches] == [2, 2, 2, 1] and [b.count for b in batches] == [3, 3, 3, 1]
         counted += [i for b in batches for i in b.index[b.valid].tolist()]
     assert sorted(counted) == list(range(10))
+
+
+def test_a_batch_of_more_than_there_are_has_all_of_them():
+    (batch,) = Noted(EXAMPLES, View(**{**vars(VIEW), "batch_size": 99, "training": True}))
+    assert (batch.count, sorted(batch.index.tolist())) == (10, list(range(10)))
+
+
+def test_a_file_that_is_skipped_is_named_and_nothing_is_advised_that_is_set_already(tmp_path: Path):
+    path = tmp_path / "x.png"
+    path.write_bytes(b"nothing")
+    examples = Examples("x", Files([str(path)], torch.zeros(1).long(), side=2), torch.arange(1))
+    with pytest.raises(CorruptFile, match="x.png can not be decoded .*: replace or remove it, or leave .* data.corrupt=skip"):
+        Noted(examples, VIEW).read(0)
+    with pytest.warns(CorruptFileWarning, match="^skipped: .*x.png can not be decoded .*: replace or remove it$"):
+        assert Noted(examples, View(**{**vars(VIEW), "corrupt": "skip"})).read(0) is None
 
 
 def test_training_is_augmented_by_epoch_and_evaluation_is_not():

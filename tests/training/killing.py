@@ -1,8 +1,11 @@
-"""Kill a run again and again, and let it go on each time: `python killing.py FOLDER --kills N --seed S`.
+"""Kill a run again and again, and let it go on each time: `python killing.py FOLDER --loader NAME --kills N --seed S`.
 
 One process imports everything once and forks: a run that nobody disturbs, and one that is killed with SIGKILL. Half of the kills
 come from outside, at random times; the other half strike inside a write: before a random one of the calls that bring a file to
 the disk, give it its name, or delete it. What came out is printed as JSON.
+
+With the memory loader it learns scikit-learn's digits; with ffcv, JPEG files of 32x32 pixels: those of CIFAR-10 where
+FAHOOKS_DATA has them, else made-up ones. The .beton files are written anew by every process that begins.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -19,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fahooks.recipe import load
@@ -29,10 +35,10 @@ from fahooks.training.setup import prepare
 
 RECIPE = """\
 name: killed
+data: DATA
 model: {name: paper/mnist}
 feedback: [{match: "conv*", rule: brsf}, {match: dense, rule: kp}, {match: "*", rule: fa}]
 hooks: [{name: freeze_signs, after: 0.4}]
-data: {dataset: digits, batch_size: 50, validation: 200, limit: 1000, augment: [{crop: {padding: 1}}]}
 optim: {name: adam, lr: 5e-4, weight_decay: 1e-3}
 schedule: {name: cosine}
 train: {epochs: 6, device: cpu, threads: 1}
@@ -40,17 +46,26 @@ probes: {every: 5}
 checkpoint: {every: 3, keep: 2}
 """
 
+DATA = {
+    "memory": "{dataset: digits, batch_size: 50, validation: 200, limit: 1000, augment: [{crop: {padding: 1}}]}",
+    "ffcv": "{dataset: imagefolder, dataset_options: {path: images, size: 32, test: 0.1}, root: ., loader: ffcv, batch_size: 50, "
+    "validation: 100, augment: [{crop: {size: 16}}, {flip: {}}]}",
+}
+
 CALLS = ("fsync", "replace", "unlink")
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("folder", type=Path)
+    arguments.add_argument("--loader", choices=DATA, default="memory")
     arguments.add_argument("--kills", type=int, default=20)
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
     os.chdir(given.folder)
-    Path("killed.yaml").write_text(RECIPE)
+    Path("killed.yaml").write_text(RECIPE.replace("DATA", DATA[given.loader]))
+    if given.loader == "ffcv":
+        add_images(Path("images"), each=40)
     prepare(load("killed.yaml"))  # imports what the processes would each import again
     begun = time.perf_counter()
     assert ended(start(Path("whole"))) == 0
@@ -65,9 +80,26 @@ def main() -> None:
         )
     }  # fmt: skip
     print(json.dumps({
-        "kills": len(kills), "inside a write": sum(kill.inside for kill in kills),
+        "loader": given.loader, "kills": len(kills), "inside a write": sum(kill.inside for kill in kills),
         "steps saved at each": [kill.step for kill in kills], "runs": len(runs), "the same as undisturbed": same,
     }))  # fmt: skip
+
+
+def add_images(folder: Path, each: int) -> None:
+    """Put so many images of each of ten classes into `folder`."""
+    real = Path(os.environ.get("FAHOOKS_DATA", "")).expanduser() / "cifar10-jpeg" / "train"
+    generator = numpy.random.default_rng(0)
+    for number in range(10):
+        (folder / str(number)).mkdir(parents=True)
+        found = sorted(real.glob("*"))[number : number + 1] if real.is_dir() else []
+        files = sorted(path for path in found for path in path.iterdir())[:each]
+        for place in range(each):
+            to = folder / str(number) / f"{place}.jpg"
+            if files:
+                shutil.copyfile(files[place], to)
+            else:
+                coarse = generator.integers(0, 256, (4, 4, 3), dtype=numpy.uint8)
+                Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC).save(to)
 
 
 @dataclass
@@ -103,6 +135,7 @@ def killed_again_and_again(kills: int, draw: random.Random, seconds: float) -> l
 
 def start(folder: Path, dies_at: int | None = None) -> int:
     """Fork a process that begins or continues the run in `folder`; it kills itself before the call of that number."""
+    shutil.rmtree("ffcv", ignore_errors=True)
     process = os.fork()
     if process:
         return process

@@ -72,6 +72,14 @@ def test_the_newest_ones_are_kept(keep: int, left: list[int], tmp_path: Path):
     assert steps(checkpoints) == left
 
 
+def test_too_old_ones_are_counted_from_the_one_that_a_run_goes_on_from(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path / "c", RECIPE, keep=9)
+    paths = [checkpoints.save(parts(), Progress(step=number), tmp_path / "best") for number in (0, 2, 9, 30)]
+    checkpoints.keep = 2
+    checkpoints.prune(paths[2])  # the newest one is damaged, say
+    assert steps(checkpoints) == [30, 9, 2]
+
+
 def test_checkpoints_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoints = Checkpoints(tmp_path / "c", RECIPE)
     path = checkpoints.save(parts(), Progress(step=1), tmp_path / "best")

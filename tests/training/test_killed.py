@@ -8,17 +8,31 @@ from typing import Any
 
 import pytest
 
+from fahooks.data import FfcvLoader
 
-def killed(folder: Path, kills: int) -> dict[str, Any]:
-    command = [sys.executable, Path(__file__).with_name("killing.py"), folder, f"--kills={kills}"]
+MISSING = FfcvLoader.available()
+needs_ffcv = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
+
+
+def killed(folder: Path, loader: str, kills: int) -> dict[str, Any]:
+    script = Path(__file__).with_name("killing.py")
+    command = [sys.executable, script, folder, f"--loader={loader}", f"--kills={kills}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits_and_each_step_once(kills: int, tmp_path: Path):
-    told = killed(tmp_path, kills)
+@pytest.mark.parametrize(
+    ("loader", "kills"),
+    [
+        ("memory", 20),
+        pytest.param("ffcv", 6, marks=needs_ffcv),
+        pytest.param("memory", 200, marks=pytest.mark.slow),
+        pytest.param("ffcv", 200, marks=[pytest.mark.slow, needs_ffcv]),
+    ],
+)
+def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits_and_each_step_once(loader: str, kills: int, tmp_path: Path):
+    told = killed(tmp_path, loader, kills)
     assert told["kills"] == kills
     assert told["inside a write"] >= kills // 2
     assert len(set(told["steps saved at each"])) > 3, "control: the kills struck at different moments"

@@ -23,6 +23,7 @@ from fahooks.plugins import Failed, InputError
 from fahooks.recipe import Recipe
 from fahooks.surgery import convert
 from fahooks.training import checkpoint, loop
+from fahooks.training.checkpoint import Checkpoints
 from fahooks.training.loop import Result, train
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import prepare
@@ -141,6 +142,20 @@ def test_a_stopped_run_that_is_resumed_ends_with_the_same_bits(
     for kind in ("epoch", "probe", "test"):
         assert without_times(whole.rows(kind)) == without_times(cut.rows(kind))
     assert curves(whole) == curves(cut)
+
+
+def test_a_run_that_was_killed_between_its_last_checkpoint_and_the_end_keeps_no_more_than_it_should(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Checkpoints, "prune", lambda self, newest: None)
+    run("cut", "checkpoint.keep=2")
+    monkeypatch.undo()
+    path = tmp_path / "cut"
+    assert len(list((path / "checkpoints").iterdir())) > 2, "control: nothing is too old"
+    (path / "status.json").unlink()
+    cut, recipe = RunDirectory.reopen(path)
+    train(prepare(recipe), cut, resume=True)
+    assert len(list((path / "checkpoints").iterdir())) == 2
 
 
 def curves(run: RunDirectory) -> dict[str, list[tuple[int, float]]]:

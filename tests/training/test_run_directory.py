@@ -127,10 +127,35 @@ def test_what_a_run_left_that_was_killed_while_it_began_is_no_hindrance(tiny: Ti
     (tmp_path / "resolved.yaml.partial").write_text("name: ti")
     assert make(tiny, tmp_path).begun
     (tmp_path / "resolved.yaml").unlink()
-    (tmp_path / "env.json").unlink()
     (tmp_path / "recipe.yaml").write_text("another recipe\n")
     with pytest.raises(InputError, match="is not empty"):
         make(tiny, tmp_path)
+
+
+def killed_at(moment: int) -> Callable[[RunDirectory, str, str], None]:
+    """What writes so many files and no more."""
+    left = iter(range(moment))
+
+    def write(self: RunDirectory, name: str, text: str) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        (self.path / name).write_text(text)
+
+    return write
+
+
+def test_a_run_that_was_killed_while_it_began_has_all_files_once_it_is_begun(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = {path.name for path in make(tiny, tmp_path / "whole").path.iterdir()}
+    for moment in range(len(whole)):
+        run = RunDirectory(tmp_path / str(moment))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(RunDirectory, "write", killed_at(moment))
+            make(tiny, run.path)
+        assert len(list(run.path.iterdir())) == moment
+        assert not run.begun, "it would go on without what is missing"
+        assert {path.name for path in make(tiny, run.path).path.iterdir()} == whole
 
 
 def test_a_run_is_reopened_with_its_own_recipe(tiny: Tiny, tmp_path: Path):

@@ -12,7 +12,7 @@ from fahooks import models
 from fahooks.data import Batch
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe
-from fahooks.rules import WeightMirror, targets
+from fahooks.rules import IGNORED, WeightMirror, targets
 from fahooks.surgery import feedback_rules
 from fahooks.training.setup import Setup, prepare
 from fahooks.training.step import loss_of, take_step
@@ -182,8 +182,34 @@ def test_the_model_is_told_the_labels_of_each_pass(tiny: Tiny):
     torch.testing.assert_close(found, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("rule", ["bp", "fa", "drtp"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_mean_is_that_of_the_files_that_were_not_skipped(tiny: Tiny, rule: str, passes: int):
+    skip = (f"feedback=[{{rule: {rule}}}]", "data.corrupt=skip")
+    setup, batch = in_float64(tiny(*skip, f"train.accumulate={passes}"))
+    valid = torch.tensor([True, False, True, True, True, False, True])
+    loss, _ = take_step(setup, replace(batch, valid=valid))  # a loader that skips files counts them: see test_conformance
+    model = in_float64(tiny(*skip))[0].model
+    with targets(model, batch.labels[valid]):
+        by_hand = F.cross_entropy(model(batch.images[valid]), batch.labels[valid])
+    by_hand.backward()
+    found = {name: p.grad for name, p in setup.model.named_parameters()}
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert loss.item() / 5 == pytest.approx(by_hand.item())
+    counted = loss_of(setup, setup.model, batch.images, batch.labels.masked_fill(~valid, IGNORED), count=batch.count)[0]
+    assert counted.item() < 0.8 * by_hand.item(), "control: skipped files are counted"
+
+
+def test_a_batch_of_which_all_files_were_skipped_has_no_gradient(tiny: Tiny):
+    setup, batch = in_float64(tiny("data.corrupt=skip"))
+    loss, wrong = take_step(setup, replace(batch, valid=torch.zeros(7, dtype=torch.bool)))
+    assert (loss.item(), wrong.item()) == (0, 0)
+    assert all((p.grad == 0).all() for p in setup.model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("rule", ["fa", "drtp"])
-def test_examples_that_do_not_count_change_nothing(tiny: Tiny, rule: str):
+def test_examples_that_only_fill_up_change_nothing(tiny: Tiny, rule: str):
     options = (SGD, f"feedback=[{{rule: {rule}}}]", "train.label_smoothing=0.1", "train.accumulate=2")
     setup, batch = in_float64(tiny(*options))
     valid = torch.tensor([True, False, True, True, True, False, True])

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy
 
-SYSTEM_LIBRARIES = "sudo apt-get install libopencv-dev libturbojpeg0-dev pkg-config"
-PACKAGE = "pip install 'fahooks[ffcv]'"
+from fahooks.plugins import InputError
+
+INSTALL = "sudo apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install 'fahooks[ffcv]'"
 
 
 def missing() -> str | None:
@@ -21,11 +22,11 @@ def missing() -> str | None:
     for name in ("ffcv", "numba"):
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            return f"the package {name} is not installed: {SYSTEM_LIBRARIES} && {PACKAGE}"
+            return f"the package {name} is not installed: {INSTALL}"
     try:
         load()
-    except OSError as error:
-        return f"FFCV's library does not load ({error}): {SYSTEM_LIBRARIES} && {PACKAGE}"
+    except InputError as error:
+        return str(error)
     return None
 
 
@@ -34,14 +35,17 @@ def load() -> ctypes.CDLL:
     """FFCV's compiled library.
 
     Raises:
-        OSError: it is not there, or a library of the system that it needs is not.
+        InputError: it is not there, or a library of the system that it needs is not.
     """
     spec = importlib.util.find_spec("ffcv")
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
     found = [file for folder in folders for file in sorted(folder.glob("_libffcv*"))]
-    if not found:
-        raise OSError(f"there is no _libffcv in {', '.join(map(str, folders)) or 'any package ffcv'}")
-    library = ctypes.CDLL(str(found[0]))
+    try:
+        if not found:
+            raise FileNotFoundError(f"there is no _libffcv in {', '.join(map(str, folders)) or 'any package ffcv'}")
+        library = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        raise InputError(f"FFCV's library does not load ({error}): {INSTALL}") from error
     size = ctypes.c_uint32
     library.imdecode.argtypes = [ctypes.c_void_p, ctypes.c_uint64, size, size, ctypes.c_void_p, *[size] * 6, *[ctypes.c_bool] * 2]
     library.imdecode.restype = ctypes.c_int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fahooks.data.datasets import default_root
-from fahooks.data.decoding import CorruptFile, CorruptFileWarning
+from fahooks.data.decoding import CorruptFile
 from fahooks.data.examples import Examples, Files, Images
 from fahooks.data.ffcv import library
 from fahooks.data.ffcv.beton import JPG, Beton, read
@@ -43,7 +42,7 @@ class FfcvStream(ThreadedStream):
         self.places = examples.places.numpy()
         absent = file.size[self.places] == 0
         if view.corrupt == "refuse" and absent.any():
-            self._corrupt(int(absent.argmax()))
+            raise self._corrupt(int(absent.argmax()))
         self.size = self._one_size()
 
     def read(self, place: int) -> Tensor | None:
@@ -56,7 +55,7 @@ class FfcvStream(ThreadedStream):
         elif file.size[at]:
             image = file.packed(at).reshape(height, width, -1)
         if image is None:
-            self._corrupt(place)
+            self.skip(self._corrupt(place))
             return None
         return torch.from_numpy(image[:, :, : self.examples.shape[0]]).permute(2, 0, 1)
 
@@ -84,23 +83,17 @@ class FfcvStream(ThreadedStream):
         good = decode(self.file, self.places[share.index.numpy()], pixels.numpy())
         if not good.all():
             for place in share.index[torch.from_numpy(~good)].tolist():
-                self._corrupt(place)
+                self.skip(self._corrupt(place))
             share = share.only(torch.from_numpy(good))
         return share, pixels.permute(0, 3, 1, 2)
 
-    def _corrupt(self, place: int) -> None:
-        """Refuse or skip the example at `place`, as the view says."""
+    def _corrupt(self, place: int) -> CorruptFile:
+        """What is wrong with the example at `place`."""
         at, source = int(self.places[place]), self.examples.source
         origin = f", from {source.paths[at]}," if isinstance(source, Files) else ""
         if self.file.size[at]:
-            what = f"image {at}{origin} in {self.file.path} is damaged: remove that file, and it is written anew"
-        else:
-            what = (
-                f"image {at}{origin} could not be decoded: replace or remove it, or leave such files out with data.corrupt=skip"
-            )
-        if self.view.corrupt == "refuse":
-            raise CorruptFile(what)
-        warnings.warn(f"skipped: {what}", CorruptFileWarning, stacklevel=2)
+            return CorruptFile(f"image {at}{origin} in {self.file.path} is damaged: remove that file, and it is written anew")
+        return CorruptFile(f"image {at}{origin} could not be decoded: replace or remove it")
 
 
 @loaders.register(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import errno
+import importlib.machinery
+import importlib.util
 import os
 import signal
 import subprocess
@@ -17,7 +19,7 @@ import torch
 
 from fahooks.data import Files, Images
 from fahooks.data.decoding import CorruptFile
-from fahooks.data.ffcv import writing
+from fahooks.data.ffcv import library, writing
 from fahooks.data.ffcv.beton import JPG, RAW, Beton, read
 from fahooks.data.ffcv.writing import Packing, sidecar, write
 from fahooks.plugins import Failed, InputError
@@ -150,7 +152,8 @@ class Slow(Images):
     def read(self, place):
         if place == 5:
             print("writing", flush=True)
-            time.sleep(float(sys.argv[2]))
+            while not Path(sys.argv[2]).exists():
+                time.sleep(0.02)
         return super().read(place)
 
 write(Path(sys.argv[1]), "x", Slow(torch.zeros(50, 3, 8, 8).byte(), torch.zeros(50).long()), Packing(), digest="", workers=1,
@@ -160,14 +163,15 @@ write(Path(sys.argv[1]), "x", Slow(torch.zeros(50, 3, 8, 8).byte(), torch.zeros(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_signal_leaves_no_half_file_and_the_next_one_writes_it(tmp_path: Path, number: signal.Signals):
-    path = tmp_path / "x"
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(path), "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    path, enough = tmp_path / "x", tmp_path / "enough"
+    command = [sys.executable, "-c", SLOW, str(path), str(enough)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
         process.send_signal(number)
-        process.wait(20)
+        enough.touch()  # threads are waited for
+        process.wait(60)
+    enough.unlink()
     assert not path.exists() and not sidecar(path).exists()
     assert number == signal.SIGKILL or list(tmp_path.iterdir()) == []
     source = Images(torch.zeros(50, 3, 8, 8).byte(), torch.zeros(50).long())
@@ -176,14 +180,29 @@ def test_a_signal_leaves_no_half_file_and_the_next_one_writes_it(tmp_path: Path,
 
 
 def test_a_second_writer_waits_for_the_first(tmp_path: Path):
-    path = tmp_path / "x"
-    command = [sys.executable, "-c", SLOW, str(path), "1"]
+    path, enough = tmp_path / "x", tmp_path / "enough"
+    command = [sys.executable, "-c", SLOW, str(path), str(enough)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
+        threading.Timer(1, enough.touch).start()
         written(path, Images(torch.ones(50, 3, 8, 8).byte(), torch.zeros(50).long()), Packing())
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert numpy.all(read(path, channels=3).packed(0) == 0), "the first one's images were replaced"
+
+
+def test_a_library_that_is_missing_is_not_taken_for_a_file_that_can_not_be_written(
+    tmp_path: Path, photographs: Files, monkeypatch: pytest.MonkeyPatch
+):
+    spec = importlib.util.find_spec("ffcv")
+    assert spec is not None
+    empty = importlib.machinery.ModuleSpec("ffcv", spec.loader, is_package=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: empty)
+    library.load.cache_clear()
+    with pytest.raises(InputError, match="^FFCV's library does not load .there is no _libffcv .*apt-get install libopencv-dev"):
+        written(tmp_path / "x", photographs, Packing("jpg"))
+    assert list(tmp_path.glob("x*")) == []
+    library.load.cache_clear()
 
 
 def test_who_comes_too_late_to_write_leaves_nothing(tmp_path: Path, color: Images):
