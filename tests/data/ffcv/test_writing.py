@@ -142,11 +142,13 @@ def test_a_folder_that_can_not_be_is_refused(tmp_path: Path, color: Images):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import torch
 from fahooks.data import Images
 from fahooks.data.ffcv.writing import Packing, write
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in what runs in the background
 
 class Slow(Images):
     def read(self, place):
