@@ -327,6 +327,9 @@ def _log_probe(sitting: Sitting, epoch: int) -> None:
 
 def _board(run: RunDirectory, resumed_at: int | None) -> SummaryWriter:
     """TensorBoard's writer; in a run that goes on it takes back what was written from step `resumed_at` on."""
+    # TensorBoard reads files in the order of their names, in which only the second in which they were begun is sure to grow.
+    while any(run.tensorboard.glob(f"*.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.02)
     board = SummaryWriter(str(run.tensorboard), purge_step=resumed_at)
     for row in run.rows("epoch")[-1:]:
         if resumed_at is not None and row["step"] == resumed_at:  # the epoch that the checkpoint ends is not trained again

