@@ -1,8 +1,9 @@
-"""What several commands take: RECIPE, --set, and lists of seeds."""
+"""What several commands take: RECIPE, --set, --json FILE, and lists of seeds."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem
@@ -32,6 +33,29 @@ class RecipeName(click.ParamType):
         return [*complete_shipped(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
 
 
+class FileToWrite(click.Path):
+    """A file that is written in the end; whether that can be done is found out before the minutes that come first."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, dir_okay=False)
+
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; nothing is left there that was not there before.
+
+        Raises:
+            InputError: it can not be written.
+        """
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        there = path.exists()
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise InputError(f"{str(path)!r} can not be written: {error.strerror}") from error
+        if not there:
+            path.unlink()
+        return path
+
+
 def complete_shipped(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Offer the shipped recipes."""
     from fahooks.recipe import shipped_names
@@ -40,6 +64,8 @@ def complete_shipped(ctx: click.Context, param: click.Parameter, incomplete: str
 
 
 RECIPE = click.argument("recipe", type=RecipeName())
+
+NUMBERS = click.option("--json", "file", type=FileToWrite(), help="Write the numbers here too.")
 
 SETTINGS = click.option(
     "--set",

@@ -13,7 +13,7 @@ import click
 from fahooks import plugins
 from fahooks.plugins import InputError
 
-from .arguments import RECIPE, SETTINGS
+from .arguments import NUMBERS, RECIPE, SETTINGS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +39,7 @@ def bench() -> None:
 @click.option("--channels-last", is_flag=True, help="Keep model and images in that memory format.")
 @click.option("--compile", "compiled", is_flag=True, help="Compile every contestant with torch.compile, as one graph.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights, images and feedback matrices.")
-@click.option("--json", "file", type=click.Path(path_type=Path, dir_okay=False), help="Write the numbers here too.")
+@NUMBERS
 def step(
     model: str,
     rules: str,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .arguments import RECIPE, SETTINGS
+from .arguments import NUMBERS, RECIPE, SETTINGS
 from .train import stoppable
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0), help="How long a turn is at least.")
 @click.option("--threads", type=click.IntRange(1), help="Of torch.  [default: its own choice]")
 @SETTINGS
-@click.option("--json", "file", type=click.Path(path_type=Path, dir_okay=False), help="Write the numbers here too.")
+@NUMBERS
 def bench(
     recipe: str,
     names: str | None,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fahooks.cli.arguments import FileToWrite
+
 # Runs the command and says which packages it imported.
 PROGRAM = """
 import sys
@@ -89,3 +91,20 @@ def test_the_shell_completes_names_without_torch(words: str, offered: str):
     done = command(_FAHOOKS_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=count)
     assert offered in done.stdout.splitlines()
     assert done.stderr == "exit 0\nimported\n"
+
+
+@pytest.mark.parametrize("arguments", [["data", "bench", "quickstart"], ["bench", "step", "paper/mnist"]], ids=" ".join)
+def test_a_file_that_can_not_be_written_is_told_before_anything_is_measured(arguments: list[str], tmp_path: Path):
+    (tmp_path / "file").touch()
+    for path, problem in (("gone/x.json", "No such file"), ("file/x.json", "Not a directory"), (".", "is a directory")):
+        done = command(*arguments, "--json", path, cwd=tmp_path)
+        line, end, imported = done.stderr.splitlines()
+        assert repr(path) in line and problem in line
+        assert (end, imported) == ("exit 2", "imported")
+
+
+def test_a_file_to_write_is_left_alone_until_it_is_written(tmp_path: Path):
+    kind, old, new = FileToWrite(), tmp_path / "old", tmp_path / "new"
+    old.write_text("before")
+    assert (kind.convert(str(old), None, None), kind.convert(str(new), None, None)) == (old, new)
+    assert old.read_text() == "before" and not new.exists()
