@@ -96,6 +96,7 @@ class Stream(ABC):
         self.std = torch.where(view.std > 0, view.std, 1.0).to(view.device).view(-1, 1, 1)
         self.epoch = 0
         self.start = 0
+        self._skipped: set[str] = set()
 
     @property
     def images(self) -> int:
@@ -146,13 +147,16 @@ class Stream(ABC):
             return None
 
     def skip(self, error: CorruptFile) -> None:
-        """Name a file that can not be decoded in a warning.
+        """Name a file that can not be decoded in a warning, the first time that it is met.
 
         Raises:
             CorruptFile: `error`, where such files are refused.
         """
         if self.view.corrupt == "refuse":
             raise error
+        if error.what in self._skipped:
+            return
+        self._skipped.add(error.what)
         warnings.warn(f"skipped: {error.what}", CorruptFileWarning, stacklevel=3)
 
     def boxes(self, sizes: Tensor, index: Tensor, epoch: int) -> Tensor:
