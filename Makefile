@@ -15,8 +15,8 @@ HAS_FFCV_LIBRARIES := pkg-config --exists opencv4 libturbojpeg 2>/dev/null
 .PHONY: help demo test lint clean compiler ffcv
 
 help:
-	@echo "make demo       create $(VENV), install fahooks, run its quickstart"
-	@echo "make test       create $(VENV), install fahooks and what its tests need, run every test"
+	@echo "make demo       create $(VENV), install fahooks into it (editable: the files here are what runs), run its quickstart"
+	@echo "make test       the same with what the tests need, then run every test"
 	@echo "make ffcv       add FFCV to $(VENV), and the libraries that it is built against to the system (Debian, Ubuntu)"
 	@echo "make lint       ruff and pyright"
 	@echo "make clean      remove $(VENV) and everything else that was built"
@@ -62,12 +62,12 @@ $(VENV)/installed-dev: $(VENV)/created pyproject.toml constraints.txt
 	$(INSTALL) --editable ".[dev]"
 	@touch $@
 
-$(VENV)/installed-ffcv: $(VENV)/installed-dev | compiler
+$(VENV)/installed-ffcv: $(VENV)/installed | compiler
 	@$(HAS_FFCV_LIBRARIES) || { echo "== Installing OpenCV and libjpeg-turbo, which FFCV is built against"; \
 		$(AS_ROOT) apt-get update --quiet && \
 		$(AS_ROOT) apt-get install --quiet --yes --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config; }
 	@echo "== Building FFCV into $(VENV)"
-	$(INSTALL) --editable ".[dev,ffcv]"
+	$(INSTALL) --editable ".[ffcv]"
 	$(BIN)/python -c "import ffcv"
 	@touch $@
 

@@ -301,7 +301,8 @@ def test_a_run_directory_is_no_recipe(tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "resolved.yaml").touch()
     with pytest.raises(
-        InputError, match="is a run directory: `fahooks train --resume .*run` goes on with the run, and .*resolved.yaml is"
+        InputError,
+        match="is a run directory: `fahooks train --resume .*run` goes on with it unless it is finished, and .*resolved.yaml is",
     ):
         find(str(tmp_path / "run"))
     with pytest.raises(InputError, match="no recipe is named .*, and there is a folder of that name, but no file"):

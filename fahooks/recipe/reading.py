@@ -66,7 +66,7 @@ def find_beside(name: str, beside: Path | None) -> Source:
     file = file if os.path.isdir(path) or not os.path.exists(path) else "something of that name that is no regular file"
     if os.path.isfile(path / "resolved.yaml"):
         raise InputError(
-            f"{shown(name)} is a run directory: `fahooks train --resume {name}` goes on with the run, and "
+            f"{shown(name)} is a run directory: `fahooks train --resume {name}` goes on with it unless it is finished, and "
             f"{path / 'resolved.yaml'} is its recipe"
         )
     raise InputError(f"no recipe is named {shown(name)}, and there is {file}{hint}; `fahooks ls recipes` lists all")

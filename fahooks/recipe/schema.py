@@ -149,7 +149,8 @@ class Schedule(Section):
     """What all schedules share.
 
     Arguments:
-        warmup: epochs, or a fraction of one, in which the learning rate rises linearly, at every step, to what the schedule says.
+        warmup: epochs, or a fraction of one, in which the learning rate rises linearly, at every step, to what the schedule says;
+            at most train.epochs.
     """
 
     warmup: NonNegative = 0.0
