@@ -55,20 +55,16 @@ def train(
 
     auto = resume == Path("auto")
     overrides = overrides if max_steps is None else (*overrides, f"train.max_steps={max_steps}")
-    if dry_run or seeds is not None or sweeps:
-        with distributed.joined():
-            if distributed.world() > 1:
-                raise InputError("--dry-run, --seeds and --sweep are for one process: leave torchrun away")
     if dry_run:
         if recipe is None or resume is not None or out is not None or seeds is not None or sweeps:
             raise InputError("--dry-run takes a RECIPE, and neither --resume, --out, --seeds nor --sweep: it writes nothing")
-        with stoppable():
+        with stoppable(), distributed.joined():
             _dry_run(recipe, overrides)
         return
     if seeds is not None or sweeps:
         if recipe is None or resume is not None:
             raise InputError("--seeds and --sweep take a RECIPE and no --resume: the same command goes on by itself")
-        with stoppable():
+        with stoppable(), distributed.joined():
             _sweep(recipe, overrides, sweeps, seeds, out)
         return
     if resume is not None and not auto and (recipe or overrides or out):
@@ -89,21 +85,25 @@ def train(
 def _sweep(recipe: str, overrides: tuple[str, ...], sweeps: tuple[str, ...], seeds: str | None, out: Path | None) -> None:
     from fahooks.report import tables
     from fahooks.report.runs import read_run
-    from fahooks.training import sweep
+    from fahooks.training import distributed, sweep
 
     planned = sweep.plan(recipe, overrides, sweeps, None if seeds is None else numbers(seeds), out)
     diverged = sweep.train_missing(planned)
-    runs = {", ".join(settings) or recipe: [read_run(path) for path in planned.paths(settings)] for settings in planned.settings}
-    print_result(tables.by_settings(runs))
-    click.echo(f"runs in {planned.out}")
+    if distributed.rank() == 0:
+        runs = {", ".join(s) or recipe: [read_run(path) for path in planned.paths(s)] for s in planned.settings}
+        print_result(tables.by_settings(runs))
+        click.echo(f"runs in {planned.out}")
     if diverged:
         raise InputError("\n".join(diverged))
 
 
 def _dry_run(recipe: str, overrides: tuple[str, ...]) -> None:
+    from fahooks.training import distributed
     from fahooks.training.dry_run import dry_run
 
     cost = dry_run(recipe, overrides)
+    if distributed.rank() != 0:
+        return
     click.echo(f"{cost.setup.report}\n")
     for word, sentence in cost.lines():
         click.echo(f"{word:<6}  {sentence}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from fahooks.plugins import InputError
 from fahooks.recipe import read_plain
+from fahooks.report.liveness import state
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Run:
     Attributes:
         path: the directory.
         recipe: resolved.yaml.
-        status: status.json.
+        status: status.json; its state is "killed" where it says that a process is at work that is gone.
         epochs: one row an epoch, as in metrics.jsonl.
         probes: one row a measurement.
     """
@@ -46,16 +47,16 @@ def read_run(path: Path) -> Run:
             raise InputError(f"{str(path)!r} is no run directory: it has no {name}")
     try:
         recipe = read_plain(path / "resolved.yaml")
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+        status = dict(json.loads((path / "status.json").read_text(encoding="utf-8")))
         # What follows the last newline was cut off by a crash.
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         rows = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"run directory {str(path)!r} can not be read: {' '.join(str(error).split())}") from error
     return Run(
         path=path,
         recipe=recipe,
-        status=status,
+        status={**status, "state": state(status)},
         epochs=[row for row in rows if row["kind"] == "epoch"],
         probes=[row for row in rows if row["kind"] == "probe"],
     )

@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table
 
 from fahooks.plugins import InputError
+from fahooks.report.liveness import state
 from fahooks.report.runs import Run, read_run
 
 COLUMNS = ("mnist", "cifar10_1", "cifar10_2", "imagenet_1", "imagenet_2")
@@ -124,7 +125,7 @@ def read(folder: Path) -> list[Cell]:
 def unfinished(folder: Path) -> list[str]:
     """The runs in `folder` that the table leaves out, each with its state."""
     states = {path: _state(path) for path in _directories(folder)}
-    return [f"{path.relative_to(folder)} ({state})" for path, state in states.items() if state != "finished"]
+    return [f"{path.relative_to(folder)} ({said})" for path, said in states.items() if said != "finished"]
 
 
 def order(row: str, column: str) -> tuple[int, int]:
@@ -189,8 +190,8 @@ def _directories(folder: Path) -> Iterator[Path]:
 def _state(path: Path) -> str:
     file = path / "status.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["state"] if file.is_file() else "begun"
-    except (ValueError, KeyError, TypeError) as error:
+        return state(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
+    except (ValueError, AttributeError) as error:
         raise InputError(f"{str(file)!r} is damaged: move the run away, or start it anew") from error
 
 

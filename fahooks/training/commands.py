@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -15,9 +14,11 @@ from fahooks.training.distributed import told
 from fahooks.training.failures import recorded
 from fahooks.training.fitting import load_fitting
 from fahooks.training.loop import Result, train
+from fahooks.training.resolution import resolve
 from fahooks.training.run_directory import Following, RunDirectory, fresh_directory
 from fahooks.training.sameness import check_same
 from fahooks.training.setup import prepare
+from fahooks.training.streams import SharedStreams, load_dataset, open_streams
 
 QUICKSTART_RULES = ("bp", "fa", "usf_sn")
 
@@ -41,7 +42,7 @@ def start(name: str, overrides: Sequence[str] = (), out: Path | None = None) -> 
         return resume(before)
     source = find(name)
     setup = prepare(load_fitting(source, overrides))
-    run = _seen(told(lambda: RunDirectory.create(setup.recipe, source, out=out, overrides=overrides, choices=setup.choices).path))
+    run = seen(told(lambda: RunDirectory.create(setup.recipe, source, out=out, overrides=overrides, choices=setup.choices).path))
     distributed.remember(run.path)
     with run.alone():
         return final_line(setup.recipe, train(setup, run), run)
@@ -50,12 +51,16 @@ def start(name: str, overrides: Sequence[str] = (), out: Path | None = None) -> 
 def resume(path: Path) -> str:
     """Go on with the run in `path` after the last step that it has a checkpoint of, and return the final line.
 
+    A run that is finished is left as it is.
+
     Raises:
         InputError: there is no run to go on with, or another process is at it.
         Failed: something else went wrong; the message says what.
         KeyboardInterrupt: the user stopped it; the message says how to go on.
     """
-    run, recipe = type(_seen(path)).reopen(path)
+    run, recipe = type(seen(path)).reopen(path)
+    if run.finished:
+        return _finished_line(recipe, run)
     distributed.remember(run.path)
     with run.alone():
         with recorded(run):
@@ -82,17 +87,19 @@ def resume_newest(name: str, overrides: Sequence[str] = (), out: Path | None = N
     run = told(lambda: RunDirectory.newest(asked.name, asked.seed) if out is None else RunDirectory(out))
     if run is None or not told(lambda run=run: run.begun):
         return start(name, overrides, out)
-    run = _seen(run.path)
+    run = seen(run.path)
     distributed.remember(run.path)
     with run.alone():
-        with nullcontext() if run.finished else recorded(run):
-            setup = prepare(run.as_begun(asked))
-        check_same(run.made_from, setup.recipe.model_dump(mode="json"), f"the run in {str(run.path)!r} was begun")
+        with distributed.rank_0_first():
+            dataset = load_dataset(asked)
+        recipe = resolve(run.as_begun(asked), dataset)
+        check_same(run.made_from, recipe.model_dump(mode="json"), f"the run in {str(run.path)!r} was begun")
         if run.finished:
-            result = Result(**run.read_status()["result"])
-            return f"{final_line(setup.recipe, result, run)}: finished, there is nothing to do"
-        run.write("resolved.yaml", setup.recipe.as_yaml())
-        return final_line(setup.recipe, train(setup, run, resume=True), run)
+            return _finished_line(recipe, run)
+        with recorded(run):  # only now: what is wrong with another recipe is nothing that the run failed of
+            setup = prepare(recipe, open_streams(recipe, dataset=dataset))
+        run.write("resolved.yaml", recipe.as_yaml())
+        return final_line(recipe, train(setup, run, resume=True), run)
 
 
 def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
@@ -115,12 +122,14 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
             raise InputError(f"quickstart compares {names} and sets feedback and name itself (got --set {override})")
     source = find("quickstart")
     recipes = {rule: load_fitting(source, (*overrides, *_quickstart_overrides(rule))) for rule in QUICKSTART_RULES}
-    prepare(recipes[QUICKSTART_RULES[0]])  # finds what is wrong with the data before a folder is made
+    streams = SharedStreams()
+    # Finds what is wrong with the data before a folder is made.
+    prepare(recipes[QUICKSTART_RULES[0]], streams.open(recipes[QUICKSTART_RULES[0]]))
     folder = fresh_directory(out, "quickstart")
     dataset = datasets.get(recipes[QUICKSTART_RULES[0]].data.dataset)
     Console().print(f"{dataset.name}: {dataset.summary}", highlight=False, soft_wrap=True)
     for rule, recipe in recipes.items():
-        setup = prepare(recipe)
+        setup = prepare(recipe, streams.open(recipe))
         changed = (*overrides, *_quickstart_overrides(rule))
         run = RunDirectory.create(setup.recipe, source, out=folder / rule, overrides=changed, choices=setup.choices)
         with run.alone():
@@ -129,9 +138,19 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
     return folder
 
 
-def _seen(path: Path) -> RunDirectory:
+def seen(path: Path) -> RunDirectory:
     """The run directory at `path`, which rank 0 alone writes to."""
     return RunDirectory(path) if distributed.rank() == 0 else Following(path)
+
+
+def _finished_line(recipe: Recipe, run: RunDirectory) -> str:
+    """The final line of a run that is finished."""
+    try:
+        result = Result(**run.read_status()["result"])
+    except (KeyError, TypeError) as error:
+        what = "says that it is finished, and not with what result: remove it, and the run goes on from its last checkpoint"
+        raise InputError(f"status.json in {str(run.path)!r} {what}") from error
+    return f"{final_line(recipe, result, run)}: finished, there is nothing to do"
 
 
 def final_line(recipe: Recipe, result: Result, run: RunDirectory) -> str:

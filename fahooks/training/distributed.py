@@ -100,15 +100,30 @@ def joined() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+# How many failures the process outlived, as a series of runs does where the loss of one diverges.
+_outlived = 0
+
+
 @functools.cache
 def fails_first() -> bool:
-    """Say that this process fails, and learn whether it is the first one to do so; the answer stays."""
-    return not _joined() or _store().add(f"failures/{_attempt()}", 1) == 1
+    """Say that this process fails, and learn whether it is the first one to do so; the answer stays until `outlive`."""
+    return not _joined() or _store().add(_failures(), 1) == 1
 
 
 def somebody_failed() -> bool:
     """Whether `fails_first` was called in any process."""
-    return _joined() and _store().add(f"failures/{_attempt()}", 0) > 0
+    return _joined() and _store().add(_failures(), 0) > 0
+
+
+def outlive() -> None:
+    """Go on after a failure that all processes have in common. All have to call it."""
+    global _outlived
+    _outlived += 1
+    fails_first.cache_clear()
+
+
+def _failures() -> str:
+    return f"failures/{_attempt()}/{_outlived}"
 
 
 def started_again() -> Path | None:
@@ -143,12 +158,17 @@ def rank_0_first() -> Iterator[None]:
     if world() == 1:
         yield
         return
-    group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))  # not a number: this rank is in it
+    group = _patient_group()
     if rank() != 0:
         dist.barrier(group=group)
     yield
     if rank() == 0:
         dist.barrier(group=group)
+
+
+@functools.cache
+def _patient_group() -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))  # not a number: this rank is in it
 
 
 def told(make: Callable[[], T]) -> T:

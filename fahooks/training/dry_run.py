@@ -30,7 +30,7 @@ class Cost:
         step: seconds of the second step of training, its batch included.
         evaluation: seconds of a batch of evaluation.
         evaluated: images in that batch.
-        peak: bytes; on a GPU those that torch held there at most, else those of the whole process.
+        peak: bytes; on a GPU those that torch held there at most, else those of the whole process. Of several, those of this one.
     """
 
     setup: Setup
@@ -56,7 +56,7 @@ class Cost:
         own, states = _bytes(setup.model.parameters()), (setup.optimizer.state.values())
         optimizer = _bytes(value for state in states for value in state.values())
         held = f"weights {_size(own)}, feedback {_size(setup.report.memory_bytes)}, optimizer {_size(optimizer)}"
-        where = "of the GPU" if setup.device.type == "cuda" else "of the process"
+        where = "of the GPU" if setup.device.type == "cuda" else "of this process"
         speed = f"{batch / self.step:,.0f} images/s in training, {self.evaluated / self.evaluation:,.0f} in evaluation"
         return [
             ("data", f"{recipe.data.dataset}, {counts} of {images} (CxHxW), loader {recipe.data.loader}"),
@@ -121,7 +121,9 @@ def _bytes(tensors: Any) -> int:
 
 
 def _device(setup: Setup) -> str:
-    return torch.cuda.get_device_name() if setup.device.type == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if setup.device.type == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
+    processes = setup.train.view.world
+    return name if processes == 1 else f"{name} for each of {processes} processes"
 
 
 def _size(count: float) -> str:

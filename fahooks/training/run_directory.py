@@ -26,6 +26,7 @@ import torch
 
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, Source, load, read_file, read_plain
+from fahooks.report.liveness import this_process
 
 LOSSES = ["train_loss", "train_error", "validation_loss", "validation_error", "test_error"]
 RUNS = Path("runs")
@@ -83,18 +84,15 @@ class RunDirectory:
 
     @classmethod
     def reopen(cls, path: Path) -> tuple[RunDirectory, Recipe]:
-        """An interrupted run and its recipe.
+        """A run that is there, and its recipe.
 
         Raises:
-            InputError: no run is there, it is finished, or what it left is damaged.
+            InputError: no run is there, or what it left is damaged.
         """
         resolved = path / "resolved.yaml"
         if not resolved.is_file():
             raise InputError(f"{str(path)!r} is no run directory: it has no resolved.yaml")
-        run = cls(path)
-        if run.finished:
-            raise InputError(f"the run in {str(path)!r} is finished: there is nothing to resume")
-        return run, load(read_file(resolved))
+        return cls(path), load(read_file(resolved))
 
     @classmethod
     def newest(cls, name: str, seed: int, parent: Path = RUNS) -> RunDirectory | None:
@@ -158,8 +156,9 @@ class RunDirectory:
         write(self.path / name, lambda file: file.write(text.encode()))
 
     def status(self, state: str, **details: Any) -> None:
-        """Record whether the run is running, finished, interrupted or failed, and what goes with it."""
-        text = _json({"state": state, "time": _now(), **details})
+        """Record whether the run is running, in this process, finished, interrupted or failed, and what goes with it."""
+        process = {"process": this_process()} if state == "running" else {}
+        text = _json({"state": state, "time": _now(), **process, **details})
         try:
             self.write("status.json", text)
         except OSError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +13,16 @@ from rich.console import Console
 from fahooks.data import Dataset
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, RecipeError, Source, load
-from fahooks.recipe.comparison import differences
-from fahooks.training.commands import final_line
+from fahooks.training import distributed
+from fahooks.training.commands import final_line, seen
+from fahooks.training.distributed import told
+from fahooks.training.failures import recorded
 from fahooks.training.loop import Diverged, train
 from fahooks.training.resolution import resolve
 from fahooks.training.run_directory import BARELY_BEGUN, RunDirectory, held
+from fahooks.training.sameness import FREE, check_same
 from fahooks.training.setup import Setup, prepare
-from fahooks.training.streams import load_dataset
-
-MAY_CHANGE = ("checkpoint", "data.root", "data.download")
-"""Keys of a recipe in which the runs of a series may differ from what is asked."""
+from fahooks.training.streams import SharedStreams, data_key
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,21 @@ def carry_out(wanted: Sequence[Wanted], out: Path, advice: Callable[[Sequence[Wa
     Raises:
         InputError: data are not right, `out` can not be written, or what is in it was made from other recipes.
     """
-    console = Console()
+    console = Console(quiet=distributed.rank() != 0)
     there = next(path for path in (out, *out.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError(f"--out {str(out)!r} can not be written, since {str(there)!r} can not: name another folder")
-    _check_data(wanted, advice)
-    missing = [run for run in wanted if not run.finished]
+    streams = SharedStreams()
+    _check_data(wanted, streams, advice)
+    finished = told(lambda: [run.finished for run in wanted])
+    missing = [run for run, done in zip(wanted, finished, strict=True) if not done]
     _print(console, f"{out}: {len(wanted)} runs, {len(wanted) - len(missing)} of them finished, {len(missing)} to train")
-    for recipe in {run.path.parent: run.recipe for run in missing}.values():
-        prepare(recipe)
-    lines = [_train(run, console, f"{number} of {len(missing)}") for number, run in enumerate(missing, start=1)]
+    # Backwards, so that the images that are checked last are those that are trained on first.
+    for cell in {run.path.parent: run for run in reversed(missing)}.values():
+        recipe = cell.run.as_begun(cell.recipe)
+        prepare(recipe, streams.open(recipe))
+    lines = [_train(run, streams, console, f"{number} of {len(missing)}") for number, run in enumerate(missing, start=1)]
+    streams.close()
     return [line for line in lines if line]
 
 
@@ -103,17 +108,15 @@ def goes_on_by_itself() -> Iterator[None]:
         raise KeyboardInterrupt("stopped; the same command goes on from there") from stop
 
 
-def _check_data(wanted: Sequence[Wanted], advice: Callable[[Sequence[Wanted]], str] | None) -> None:
+def _check_data(wanted: Sequence[Wanted], streams: SharedStreams, advice: Callable[[Sequence[Wanted]], str] | None) -> None:
     """Refuse data that are not at hand, and run directories that other recipes made, dataset by dataset."""
     by_data: dict[str, list[Wanted]] = {}
     for run in wanted:
-        wanted_data = run.recipe.data
-        key = (wanted_data.dataset, wanted_data.dataset_options, wanted_data.root, wanted_data.download)
-        by_data.setdefault(repr(key), []).append(run)
+        by_data.setdefault(data_key(run.recipe), []).append(run)
     problems: list[str] = []
     for runs in by_data.values():
         try:
-            dataset = load_dataset(runs[0].recipe)
+            dataset = streams.dataset(runs[0].recipe)
         except InputError as error:
             problems.append(f"{error}; or {advice(runs)}" if advice else str(error))
         else:
@@ -135,10 +138,11 @@ def _check_directories(run: Wanted, dataset: Dataset) -> None:
             there = RunDirectory(path)
             asked = resolve(there.as_begun(run.recipe.model_copy(update={"seed": seed})), dataset)
             # Written out again, for the options that rules and hooks did not have yet when it was made.
-            same_data = made_from.data.dataset == asked.data.dataset
+            before = resolve(made_from, dataset) if made_from.data.dataset == asked.data.dataset else made_from
             # What another loader fed is as good once it is there, but a run goes on with the one that it began with.
-            free = (*MAY_CHANGE, "data.loader", "data.loader_options") if there.finished else MAY_CHANGE
-            _check_same(path, resolve(made_from, dataset) if same_data else made_from, asked, free)
+            free = (*FREE, "data.loader", "data.loader_options") if there.finished else FREE
+            plain = (recipe.model_dump(mode="json") for recipe in (before, asked))
+            check_same(*plain, f"the run in {str(path)!r} was made", "name another --out", free)
     left = {file.name for file in run.path.iterdir()} if run.path.is_dir() else set()
     if run.path.exists() and not run.begun and not (run.path.is_dir() and left <= BARELY_BEGUN):
         raise InputError(f"{str(run.path)!r} is in the way of a run, and is none: move it, or name another --out")
@@ -151,32 +155,38 @@ def _made_from(path: Path) -> Recipe:
         raise InputError(f"the run in {str(path)!r} can not go on: {'; '.join(error.problems)}; name another --out") from error
 
 
-def _check_same(path: Path, made_from: Recipe, asked: Recipe, free: Sequence[str]) -> None:
-    found = differences(made_from.model_dump(mode="json"), asked.model_dump(mode="json"), apart_from=free)
-    if found:
-        said = ", ".join(f"{key} ({there} there, {here} asked)" for key, (there, here) in found.items())
-        raise InputError(f"{str(path)!r} holds a run of another recipe: {said}; name another --out")
-
-
-def _train(run: Wanted, console: Console, number: str) -> str:
+def _train(run: Wanted, streams: SharedStreams, console: Console, number: str) -> str:
     """Train a run, from its beginning or from where it was stopped; a line about it if its loss diverged."""
     name = run.name
-    run.path.mkdir(parents=True, exist_ok=True)
-    with held(run.run.lock) as mine:
-        if not mine or run.finished:
+    with _taken(run) as mine:
+        if not mine:
             _print(console, f"{number}: {name}: another process has it")
             return ""
-        _print(console, f"{number}: {name}: {'goes on' if run.begun else 'begins'}")
-        setup = prepare(run.run.as_begun(run.recipe))
-        resumed = run.begun
-        directory = run.run if resumed else _created(run, setup)
+        resumed = told(lambda: run.begun)
+        _print(console, f"{number}: {name}: {'goes on' if resumed else 'begins'}")
+        recipe = run.run.as_begun(run.recipe)
+        with recorded(seen(run.path)) if resumed else nullcontext():
+            setup = prepare(recipe, streams.open(recipe))
+        directory = seen(run.path if resumed else told(lambda: _created(run, setup).path))
         try:
             result = train(setup, directory, resume=resumed)
         except Diverged as error:
+            distributed.outlive()
             _print(console, f"{name}: {error}")
             return f"{name}: {error}"
         _print(console, final_line(setup.recipe, result, directory))
     return ""
+
+
+@contextmanager
+def _taken(run: Wanted) -> Iterator[bool]:
+    """Hold the directory of a run during the block; False if others do, or have finished it. Rank 0 holds it for all."""
+    if distributed.rank() != 0:
+        yield told(lambda: False)
+        return
+    run.path.mkdir(parents=True, exist_ok=True)
+    with held(run.run.lock) as mine:
+        yield told(lambda: mine and not run.finished)
 
 
 def _created(run: Wanted, setup: Setup) -> RunDirectory:

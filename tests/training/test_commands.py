@@ -8,7 +8,7 @@ import pytest
 
 from fahooks.plugins import Failed, InputError
 from fahooks.recipe import find, load, shipped_names
-from fahooks.training import commands, loop
+from fahooks.training import commands, loop, setup
 from fahooks.training.loop import Result
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import prepare
@@ -80,8 +80,9 @@ def test_an_interrupted_run_says_how_to_go_on(in_tmp: Path, monkeypatch: pytest.
         commands.start("quickstart", SMALL, Path("a"))
     monkeypatch.undo()
     assert commands.resume(Path("a")).startswith("quickstart: test error")
-    with pytest.raises(InputError, match="is finished"):
-        commands.resume(Path("a"))
+    files = {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()}
+    assert commands.resume(Path("a")).endswith("in a: finished, there is nothing to do")
+    assert {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()} == files
 
 
 def test_auto_begins_goes_on_and_has_nothing_to_do(in_tmp: Path, monkeypatch: pytest.MonkeyPatch):
@@ -101,18 +102,49 @@ def test_auto_begins_goes_on_and_has_nothing_to_do(in_tmp: Path, monkeypatch: py
     assert commands.resume_newest("quickstart", (*SMALL, "seed=1")).endswith("in runs/quickstart-2")
 
 
-@pytest.mark.parametrize(("state", "after"), [("interrupted", "failed"), ("finished", "finished")])
-def test_auto_records_what_keeps_a_run_from_going_on(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, state: str, after: str):
-    run = RunDirectory.create(load("quickstart", SMALL), find("quickstart"), out=Path("a"))
-    run.status(state)
+def test_auto_records_what_keeps_a_run_from_going_on(in_tmp: Path, monkeypatch: pytest.MonkeyPatch):
+    run = interrupted(Path("a"))
 
-    def no_room(*args: object) -> None:
+    def no_room(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(commands, "prepare", no_room)
-    with pytest.raises(Failed if state == "interrupted" else MemoryError):
+    monkeypatch.setattr(setup.models, "build_for_images", no_room)
+    with pytest.raises(Failed, match="^out of memory: free some, then give the same command again"):
         commands.resume_newest("quickstart", SMALL, Path("a"))
-    assert run.read_status()["state"] == after
+    assert run.read_status()["state"] == "failed"
+    assert run.read_status()["reason"].startswith("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model={name: torchvision/resnet18}", "begun with another recipe"),
+        ("feedback=[{match: '*', rule: dfa, output: 1}]", "begun with another recipe"),
+        ("data.augment=[{crop: {size: 99}}]", "does not fit into images of 8x8"),
+        ("data.validation=100000", "data.limit: must be more than"),
+    ],
+)
+def test_a_command_that_starts_nothing_changes_nothing(in_tmp: Path, override: str, message: str):
+    run = interrupted(Path("a"))
+    before = {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file() and path != run.lock}
+    with pytest.raises(InputError, match=message):
+        commands.resume_newest("quickstart", (*SMALL, override), Path("a"))
+    assert {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file() and path != run.lock} == before
+
+
+def interrupted(path: Path) -> RunDirectory:
+    """A run that was stopped before its first step."""
+    run = RunDirectory.create(prepare(load("quickstart", SMALL)).recipe, find("quickstart"), out=path)
+    run.status("interrupted")
+    return run
+
+
+def test_a_finished_run_without_a_result_is_one_line(in_tmp: Path):
+    run = interrupted(Path("a"))
+    run.status("finished")
+    for go_on in (lambda: commands.resume(Path("a")), lambda: commands.resume_newest("quickstart", SMALL, Path("a"))):
+        with pytest.raises(InputError, match="says that it is finished, and not with what result: remove it"):
+            go_on()
 
 
 def test_auto_refuses_a_changed_recipe_and_says_what_changed(in_tmp: Path):
@@ -150,9 +182,9 @@ def test_quickstart_sets_the_rules_itself(in_tmp: Path):
 
 
 def test_quickstart_fits_real_mnist(data_root: Path):
-    setup = prepare(load("quickstart", (*SMALL, "data.dataset=mnist", f"data.root={data_root}", "data.download=false")))
-    assert (setup.train.images, setup.test.images) == (96, 10_000)
-    assert setup.model(next(iter(setup.train)).images).shape == (50, 10)
+    made = prepare(load("quickstart", (*SMALL, "data.dataset=mnist", f"data.root={data_root}", "data.download=false")))
+    assert (made.train.images, made.test.images) == (96, 10_000)
+    assert made.model(next(iter(made.train)).images).shape == (50, 10)
 
 
 def test_the_final_line_has_test_error_paper_epoch_time_and_place():

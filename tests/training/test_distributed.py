@@ -261,6 +261,87 @@ def test_a_killed_worker_is_started_again_and_the_run_goes_on(tmp_path: Path) ->
     assert epochs == list(range(1, 41))
 
 
+SERIES = """
+import os, signal, sys
+from fahooks.cli import main
+from fahooks.training import distributed, loop
+
+def dies(*arguments):
+    # One of two processes, once, in the middle of the third run.
+    if setup_seed(arguments) == 1 and not os.path.exists("died") and os.environ["RANK"] == "1":
+        open("died", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take_step(*arguments)
+
+def setup_seed(arguments):
+    return arguments[0].recipe.seed
+
+take_step, loop.take_step = loop.take_step, dies
+loop._plot = lambda run: None
+sys.argv[0] = "fahooks"
+options = ("data.limit=120", "train.epochs=2", "train.device=cpu", "train.threads=1", "probes.every=null")
+settings = [f"--set={option}" for option in options]
+with distributed.joined():
+    main(["train", "quickstart", *settings, "--dry-run"], standalone_mode=False)
+    try:
+        main(["train", "quickstart", *settings, "--sweep=optim.lr=1.0e+30,1e-3", "--seeds=0,1"], standalone_mode=False)
+    except Exception as error:
+        if distributed.rank() == 0:
+            print("ended with:", error)
+"""
+
+
+def test_a_dry_run_and_a_series_in_two_processes_where_one_run_diverges_and_one_process_dies(tmp_path: Path) -> None:
+    (tmp_path / "series.py").write_text(SERIES)
+    command = torchrun(tmp_path / "series.py", restarts=1)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("speed ") and line.endswith("for each of 2 processes") for line in lines) == 2, "a try each"
+    sweep = tmp_path / "runs" / "quickstart-sweep"
+    states = {
+        (path.parent.name, path.name): json.loads((path / "status.json").read_text())["state"] for path in sweep.glob("*/*")
+    }
+    assert states == {
+        **{("optim.lr=1.0e+30", f"seed-{seed}"): "failed" for seed in (0, 1)},
+        **{("optim.lr=1e-3", f"seed-{seed}"): "finished" for seed in (0, 1)},
+    }
+    assert sum(line.endswith("optim.lr=1e-3, seed 0: begins") for line in lines) == 1, "what is finished is not trained again"
+    assert [line for line in lines if line.startswith("ended with: ")] == [
+        next(line for line in lines if line.startswith("ended with: quickstart, optim.lr=1.0e+30, seed 0: the loss was nan"))
+    ]
+
+
+FINISHED = """
+import json, os, sys, time
+from fahooks.cli import main
+from fahooks.training import commands
+
+def dies(*arguments):
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        while json.load(open("run/status.json"))["state"] != "finished":
+            time.sleep(0.01)
+        os._exit(1)
+    return final_line(*arguments)
+
+final_line, commands.final_line = commands.final_line, dies
+sys.argv[0] = "fahooks"
+main(["train", "quickstart", *(f"--set={o}" for o in sys.argv[1:]), "--out", "run"])
+"""
+
+
+def test_processes_that_are_started_again_after_the_run_had_finished_have_nothing_to_do(tmp_path: Path) -> None:
+    (tmp_path / "finished.py").write_text(FINISHED)
+    options = ["data.limit=120", "train.epochs=1", "train.device=cpu", "train.threads=1", "probes.every=null"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = torchrun(tmp_path / "finished.py", *options, restarts=1)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("quickstart: test error")]
+    assert said and said[-1].endswith("run: finished, there is nothing to do")
+
+
 def environ_of(pid: int) -> dict[str, str]:
     entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)

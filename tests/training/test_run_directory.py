@@ -9,6 +9,7 @@ import pytest
 
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, Source, load
+from fahooks.report.liveness import this_process
 from fahooks.training.run_directory import RunDirectory, fresh_directory
 
 Tiny = Callable[..., Recipe]
@@ -165,13 +166,17 @@ def test_a_run_is_reopened_with_its_own_recipe(tiny: Tiny, tmp_path: Path):
     assert (again.path, recipe) == (run.path, tiny())
 
 
-def test_what_is_no_run_or_is_finished_can_not_be_reopened(tiny: Tiny, tmp_path: Path):
+def test_what_is_no_run_can_not_be_reopened(tmp_path: Path):
     with pytest.raises(InputError, match="is no run directory"):
         RunDirectory.reopen(tmp_path / "absent")
+
+
+def test_a_run_at_work_says_in_which_process(tiny: Tiny, tmp_path: Path):
     run = make(tiny, tmp_path / "run")
+    run.status("running")
+    assert run.read_status()["process"] == this_process()
     run.status("finished")
-    with pytest.raises(InputError, match="is finished: there is nothing to resume"):
-        RunDirectory.reopen(run.path)
+    assert "process" not in run.read_status()
 
 
 @pytest.mark.parametrize("content", [b"a: &a [x, x]\n" + b"#" * 200_000, b"\xff\xfe", b"[1]"])
@@ -189,4 +194,4 @@ def test_a_damaged_status_is_refused_in_a_line(tiny: Tiny, tmp_path: Path, conte
     run = make(tiny, tmp_path / "run")
     (run.path / "status.json").write_text(content)
     with pytest.raises(InputError, match="status.json' can not be read .*: remove it, and the run goes on"):
-        RunDirectory.reopen(run.path)
+        assert run.finished

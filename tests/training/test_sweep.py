@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fahooks.plugins import InputError
-from fahooks.training import loop, sweep
+from fahooks.training import commands, loop, streams, sweep
 from fahooks.training.run_directory import RunDirectory
 
 TINY = ("data.limit=60", "data.batch_size=24", "train.epochs=2", "train.device=cpu", "train.threads=1", "probes.every=null")
@@ -100,6 +101,37 @@ def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_bits(
     assert len(set(weights(whole))) == 4, "control: settings and seeds make a difference"
 
 
+def test_images_are_loaded_once_a_sweep_and_opened_once_a_seed(in_tmp: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = {"load": 0, "open_streams": 0}
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return real(*arguments, **options)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(streams, name, counted(name, getattr(streams, name)))
+    plan = planned("optim.lr=1e-3,1e-4,1e-5", seeds=(0, 1))
+    assert sweep.train_missing(plan) == []
+    assert calls == {"load": 1, "open_streams": 2}
+    # A run of its own, with images of its own, ends with the same bits.
+    commands.start("quickstart", (*TINY, "optim.lr=1e-4", "seed=1"), Path("alone"))
+    assert Path("alone/best.safetensors").read_bytes() == weights(plan)[4]
+    calls.update(load=0, open_streams=0)
+    assert sweep.train_missing(planned("data.limit=60,50", out=Path("other"))) == []
+    assert calls == {"load": 1, "open_streams": 3}, (
+        "control: other images are opened anew; the last checked are the first trained on"
+    )
+
+
+def test_what_is_wrong_with_the_last_setting_is_found_before_the_first_run(in_tmp: Path):
+    with pytest.raises(InputError, match="does not run on images"):
+        sweep.train_missing(planned("model={name: paper/mnist},{name: torchvision/resnet18}"))
+    assert list(in_tmp.iterdir()) == []
+
+
 def test_an_interrupted_run_goes_on_with_the_loader_it_began_with(in_tmp: Path, monkeypatch: pytest.MonkeyPatch):
     evaluate = loop.evaluate
 
@@ -112,7 +144,7 @@ def test_an_interrupted_run_goes_on_with_the_loader_it_began_with(in_tmp: Path, 
             sweep.train_missing(planned("optim.lr=1e-3", more=("data.loader=torchvision",)))
     assert loop.evaluate is evaluate
     # An explicit other loader is refused before anything is done; auto, which would choose memory, goes on.
-    with pytest.raises(InputError, match=r"another recipe: data.loader \('torchvision' there, 'memory' asked\)"):
+    with pytest.raises(InputError, match="another recipe .*\n  data.loader: 'torchvision' -> 'memory'\n"):
         sweep.train_missing(planned("optim.lr=1e-3", more=("data.loader=memory",)))
     assert sweep.train_missing(planned("optim.lr=1e-3", more=("data.download=true",))) == []
     (run,) = planned("optim.lr=1e-3").runs
@@ -123,7 +155,7 @@ def test_an_interrupted_run_goes_on_with_the_loader_it_began_with(in_tmp: Path, 
 def test_what_another_recipe_made_is_not_taken(in_tmp: Path):
     sweep.train_missing(planned("optim.lr=1e-3"))
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="holds a run of another recipe: train.epochs .2 there, 3 asked."):
+    with pytest.raises(InputError, match="seed-0' was made with another recipe .*\n  train.epochs: 2 -> 3\nname another --out"):
         sweep.train_missing(planned("optim.lr=1e-3", more=("train.epochs=3",)))
     assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
     shutil.rmtree("runs")
