@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -122,19 +123,19 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
             raise InputError(f"quickstart compares {names} and sets feedback and name itself (got --set {override})")
     source = find("quickstart")
     recipes = {rule: load_fitting(source, (*overrides, *_quickstart_overrides(rule))) for rule in QUICKSTART_RULES}
-    streams = SharedStreams()
-    # Finds what is wrong with the data before a folder is made.
-    prepare(recipes[QUICKSTART_RULES[0]], streams.open(recipes[QUICKSTART_RULES[0]]))
-    folder = fresh_directory(out, "quickstart")
-    dataset = datasets.get(recipes[QUICKSTART_RULES[0]].data.dataset)
-    Console().print(f"{dataset.name}: {dataset.summary}", highlight=False, soft_wrap=True)
-    for rule, recipe in recipes.items():
-        setup = prepare(recipe, streams.open(recipe))
-        changed = (*overrides, *_quickstart_overrides(rule))
-        run = RunDirectory.create(setup.recipe, source, out=folder / rule, overrides=changed, choices=setup.choices)
-        with run.alone():
-            Console().print(f"{rule}: {rules.get(rule).summary}", highlight=False, markup=False, soft_wrap=True)
-            train(setup, run)
+    first = recipes[QUICKSTART_RULES[0]]
+    with closing(SharedStreams()) as streams:
+        prepare(first, streams.open(first))  # finds what is wrong with the data before a folder is made
+        folder = fresh_directory(out, "quickstart")
+        dataset = datasets.get(first.data.dataset)
+        Console().print(f"{dataset.name}: {dataset.summary}", highlight=False, soft_wrap=True)
+        for rule, recipe in recipes.items():
+            setup = prepare(recipe, streams.open(recipe))
+            changed = (*overrides, *_quickstart_overrides(rule))
+            run = RunDirectory.create(setup.recipe, source, out=folder / rule, overrides=changed, choices=setup.choices)
+            with run.alone():
+                Console().print(f"{rule}: {rules.get(rule).summary}", highlight=False, markup=False, soft_wrap=True)
+                train(setup, run)
     return folder
 
 

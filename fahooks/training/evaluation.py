@@ -52,6 +52,7 @@ class Evaluation:
         return {**about, "validation": self.validation, "test": self.test}
 
 
+@worded()
 def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str] = ()) -> Evaluation:
     """Validation and test error of a run. Nothing is written.
 
@@ -64,6 +65,7 @@ def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str]
 
     Raises:
         InputError: there is no such run, its files are damaged, or the model does not run on the images.
+        Failed: there is no memory left.
     """
     for override in overrides:
         key = override.partition("=")[0]
@@ -84,7 +86,7 @@ def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str]
         advice = f"name images like those that it was trained on, {trained.data.dataset}"
         raise InputError(f"{error.fault}; {advice}") from error
     step = _load(run, weights, setup, trained)
-    with worded(), setup.train, setup.validation, setup.test:
+    with setup.train, setup.validation, setup.test:
         found = {
             name: {**evaluate(setup, stream, name), "images": stream.images}
             for name, stream in (("validation", setup.validation), ("test", setup.test))
@@ -93,7 +95,6 @@ def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str]
     return Evaluation(setup.recipe, weights, step, named["validation"], named["test"])
 
 
-@worded()
 def _statistics(trained: Recipe) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of the images that `trained` learned from."""
     try:

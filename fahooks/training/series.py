@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,17 +85,16 @@ def carry_out(wanted: Sequence[Wanted], out: Path, advice: Callable[[Sequence[Wa
     there = next(path for path in (out, *out.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError(f"--out {str(out)!r} can not be written, since {str(there)!r} can not: name another folder")
-    streams = SharedStreams()
-    _check_data(wanted, streams, advice)
-    finished = told(lambda: [run.finished for run in wanted])
-    missing = [run for run, done in zip(wanted, finished, strict=True) if not done]
-    _print(console, f"{out}: {len(wanted)} runs, {len(wanted) - len(missing)} of them finished, {len(missing)} to train")
-    # Backwards, so that the images that are checked last are those that are trained on first.
-    for cell in {run.path.parent: run for run in reversed(missing)}.values():
-        recipe = cell.run.as_begun(cell.recipe)
-        prepare(recipe, streams.open(recipe))
-    lines = [_train(run, streams, console, f"{number} of {len(missing)}") for number, run in enumerate(missing, start=1)]
-    streams.close()
+    with closing(SharedStreams()) as streams:
+        _check_data(wanted, streams, advice)
+        finished = told(lambda: [run.finished for run in wanted])
+        missing = [run for run, done in zip(wanted, finished, strict=True) if not done]
+        _print(console, f"{out}: {len(wanted)} runs, {len(wanted) - len(missing)} of them finished, {len(missing)} to train")
+        # Backwards, so that the images that are checked last are those that are trained on first.
+        for cell in {run.path.parent: run for run in reversed(missing)}.values():
+            recipe = cell.run.as_begun(cell.recipe)
+            prepare(recipe, streams.open(recipe))
+        lines = [_train(run, streams, console, f"{number} of {len(missing)}") for number, run in enumerate(missing, start=1)]
     return [line for line in lines if line]
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fahooks import models
-from fahooks.data import Stream
+from fahooks.data import Dataset, Stream
 from fahooks.hooks import Attachment, attach
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe
@@ -118,24 +118,14 @@ def prepare(recipe: Recipe, streams: Streams | None = None) -> Setup:
     recipe = resolve(with_data(recipe, loader=streams.loader), dataset)
 
     torch.manual_seed(recipe.seed)
-    model = models.build_for_images(recipe.model.name, seen_shape(recipe, dataset), dataset.classes, **recipe.model.options)
-    # The average needs no rules: a copy from before the conversion is the plain model.
-    plain = None if recipe.train.ema is None else copy.deepcopy(model)
-    report = convert(model, {f.match: {"rule": f.rule, **f.options} for f in recipe.feedback}, seed=recipe.seed)
-    memory_format = torch.channels_last if recipe.train.channels_last else torch.preserve_format
-    model = cast(Any, model).to(device, memory_format=memory_format)
+    model, plain, report = _converted(recipe, dataset, device)
     autocast = devices.autocast(recipe.train.precision, device)
     try_on(model, recipe.model.name, next(iter(train)), dataset.classes, autocast)
     try_smallest_pass(model, recipe, train, autocast)
     wrapped = distributed.wrap(model, recipe.train.distributed, device)
     _check_whole(recipe, model)
     optimizer = make_optimizer(model, recipe.optim)
-    average = None
-    if plain is not None and recipe.train.ema is not None:
-        plain = cast(Any, plain).to(device, memory_format=memory_format)
-        if distributed.is_sharded(model):
-            distributed.shard(plain, device)
-        average = Average(plain, model, recipe.train.ema)
+    average = None if plain is None or recipe.train.ema is None else _average(plain, model, recipe.train.ema, device)
     if distributed.rank() != 0:  # dropout is to differ from rank to rank
         torch.manual_seed(generator_seed(recipe.seed, f"rank {distributed.rank()}"))
     return Setup(
@@ -156,6 +146,25 @@ def prepare(recipe: Recipe, streams: Streams | None = None) -> Setup:
         scaler=devices.scaler(recipe.train.precision, device),
         average=average,
     )
+
+
+def _converted(recipe: Recipe, dataset: Dataset, device: torch.device) -> tuple[nn.Module, nn.Module | None, Report]:
+    """The network, converted; the same without rules where an average of its weights is asked for; the report."""
+    shape = seen_shape(recipe, dataset)
+    model = models.build_for_images(recipe.model.name, shape, dataset.classes, **recipe.model.options)
+    plain = None if recipe.train.ema is None else copy.deepcopy(model)
+    report = convert(model, {f.match: {"rule": f.rule, **f.options} for f in recipe.feedback}, seed=recipe.seed)
+    memory_format = torch.channels_last if recipe.train.channels_last else torch.preserve_format
+    for module in (model, plain):
+        if module is not None:
+            cast(Any, module).to(device, memory_format=memory_format)
+    return model, plain, report
+
+
+def _average(plain: nn.Module, model: nn.Module, decay: float, device: torch.device) -> Average:
+    if distributed.is_sharded(model):
+        distributed.shard(plain, device)
+    return Average(plain, model, decay)
 
 
 def _attach(recipe: Recipe, model: nn.Module, optimizer: Optimizer, total_steps: int) -> Attachment | None:

@@ -111,6 +111,7 @@ class SharedStreams:
         if self._streams is None or self._streams[0] != key:
             self.close()
             self._streams = key, open_streams(recipe, dataset=dataset)
+        self._streams[1].train.set_epoch(0)  # the run before may have left it at the end of an epoch
         return self._streams[1]
 
     def close(self) -> None:

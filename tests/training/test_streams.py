@@ -14,6 +14,7 @@ from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, Source, load
 from fahooks.training import streams as opening
 from fahooks.training.setup import prepare
+from fahooks.training.streams import SharedStreams
 
 Tiny = Callable[..., Recipe]
 
@@ -123,3 +124,19 @@ def test_a_loader_that_does_not_work_here_is_an_error_with_the_way_out(tiny: Tin
 def test_options_of_datasets_and_loaders_are_checked(tiny: Tiny, overrides: list[str], problem: str):
     with pytest.raises(InputError, match=problem):
         prepare(tiny(*overrides))
+
+
+def test_runs_in_a_row_share_what_they_have_in_common(tiny: Tiny):
+    shared = SharedStreams()
+    first = shared.open(tiny())
+    batches = [batch.index for batch in first.train]
+    first.train.set_epoch(3, start=len(first.train))
+    assert not list(first.train), "control: the run before has left it at the end"
+    again = shared.open(tiny("optim.lr=0.1", "train.epochs=7", "feedback=[{rule: bp}]"))
+    assert again is first
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip((b.index for b in again.train), batches, strict=True))
+    for other in ("seed=1", "data.limit=100", "train.channels_last=true", "data.batch_size=16"):
+        assert shared.open(tiny(other)) is not first
+        assert shared.open(tiny(other)).dataset is first.dataset
+    shared.close()
+    shared.close()
