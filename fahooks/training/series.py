@@ -140,8 +140,8 @@ def _check_directories(run: Wanted, dataset: Dataset) -> None:
             before = resolve(made_from, dataset) if made_from.data.dataset == asked.data.dataset else made_from
             # What another loader fed is as good once it is there, but a run goes on with the one that it began with.
             free = (*FREE, "data.loader", "data.loader_options") if there.finished else FREE
-            plain = (recipe.model_dump(mode="json") for recipe in (before, asked))
-            check_same(*plain, f"the run in {str(path)!r} was made", "name another --out", free)
+            there_and_here = before.model_dump(mode="json"), asked.model_dump(mode="json")
+            check_same(*there_and_here, f"the run in {str(path)!r} was made", "name another --out", free)
     left = {file.name for file in run.path.iterdir()} if run.path.is_dir() else set()
     if run.path.exists() and not run.begun and not (run.path.is_dir() and left <= BARELY_BEGUN):
         raise InputError(f"{str(run.path)!r} is in the way of a run, and is none: move it, or name another --out")

@@ -152,39 +152,35 @@ def test_a_run_of_another_recipe_is_refused_with_what_differs(out: Path, finishe
     with pytest.raises(InputError) as caught:
         again(out, "fa", overrides=(*TINY, "train.epochs=1", "feedback.0.gain=0.5"))
     assert str(caught.value) == (
-        f"{str(run_directory(out))!r} holds a run of another recipe: feedback.0.gain (1.0 there, 0.5 asked), "
-        "train.epochs (2 there, 1 asked); name another --out"
+        f"the run in {str(run_directory(out))!r} was made with another recipe (before -> now):\n"
+        "  feedback.0.gain: 1.0 -> 0.5\n  train.epochs: 2 -> 1\nname another --out"
     )
     assert contents(out) == before
 
 
 def test_another_dataset_is_named_too(out: Path):
     change(run_directory(out), lambda recipe: recipe["data"].update(dataset="mnist"))
-    with pytest.raises(InputError, match=r"data\.dataset \('mnist' there, 'digits' asked\)"):
+    with pytest.raises(InputError, match="  data.dataset: 'mnist' -> 'digits'\n"):
         again(out)
 
 
-def test_a_difference_at_the_end_of_a_long_text_is_found(out: Path):
-    change(run_directory(out), lambda recipe: recipe.update(summary=80 * "." + "?"))
-    with pytest.raises(InputError, match="of another recipe: summary "):
-        again(out, "fa", overrides=(*TINY, f"summary={80 * '.'}!"))
-    assert again(out, "fa", overrides=(*TINY, f"summary={80 * '.'}?")) == []
+def test_what_has_no_part_in_the_result_makes_no_other_run(out: Path):
+    change(run_directory(out), lambda recipe: recipe.update(summary="as it was"))
+    assert again(out, "fa", overrides=(*TINY, "summary=as it is", "train.distributed=fsdp2")) == []
 
 
 def test_a_section_that_is_not_there_is_nothing(out: Path):
     change(run_directory(out), lambda recipe: recipe.update(schedule={"name": "constant"}))
-    with pytest.raises(
-        InputError, match=r"schedule\.name \('constant' there, 'step' asked\), .*every \(nothing there, 20 asked\)"
-    ):
+    with pytest.raises(InputError, match="  schedule.name: 'constant' -> 'step'\n  schedule.every: nothing -> 20\n"):
         again(out)
 
 
 def test_the_seeds_of_a_cell_have_one_recipe(out: Path):
-    with pytest.raises(InputError, match=r"fa/seed-0' holds a run of another recipe: train\.epochs \(2 there, 1 asked\)"):
+    with pytest.raises(InputError, match="fa/seed-0' was made with another recipe .*\n  train.epochs: 2 -> 1"):
         again(out, "fa", seeds=(5,), overrides=(*TINY, "train.epochs=1"))
     assert not (out / "mnist" / "fa" / "seed-5").exists()
     run_directory(out).rename(out / "mnist" / "fa" / "seed-3")
-    with pytest.raises(InputError, match=r"fa/seed-3' holds a run of another recipe: seed \(0 there, 3 asked\)"):
+    with pytest.raises(InputError, match="fa/seed-3' was made with another recipe .*\n  seed: 0 -> 3"):
         again(out, "fa", seeds=(3,))
 
 
@@ -199,7 +195,7 @@ def test_a_key_that_an_older_run_does_not_have_counts_with_its_default(out: Path
 
     change(run_directory(out), forget)
     assert again(out) == []
-    with pytest.raises(InputError, match=r"feedback\.0\.gain \(1\.0 there, 2\.0 asked\)"):
+    with pytest.raises(InputError, match="  feedback.0.gain: 1.0 -> 2.0\n"):
         again(out, "fa", overrides=(*TINY, "feedback.0.gain=2.0"))
 
 
