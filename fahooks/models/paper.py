@@ -34,7 +34,8 @@ def fan_in_(model: nn.Module) -> None:
     N_in is the number of connections into a unit: channels per group times kernel area (Moskovitz et al. 2018, section 5.1).
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        # On the meta device there is nothing to draw, and torch would import its compiler to do so, which takes seconds.
+        if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
