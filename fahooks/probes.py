@@ -16,11 +16,18 @@ from torch import Tensor, nn
 from fahooks.observation import as_found
 from fahooks.plugins import InputError
 from fahooks.rules.base import check_model
+from fahooks.rules.sharding import is_sharded, reshard, whole
 from fahooks.surgery import CONVERTIBLE, backprop, feedback_layers
+
+Total = Callable[[Tensor], Tensor]
 
 
 class Probe:
     """What `probe` yields. Each mapping goes from a layer's qualified name, in model order, to its last measurement.
+
+    Arguments:
+        model: see `probe`.
+        total: see `probe`.
 
     Attributes:
         angle: degrees between the layer's learning signal and the true gradient at its output, both flattened over the whole
@@ -30,11 +37,12 @@ class Probe:
         sign_flips: fraction of the layer's weights whose sign differs from what it was when the probe started.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, total: Total | None = None) -> None:
         check_model(model)
         layers = dict(model.named_modules())
         converted = feedback_layers(model)
         self.model = model
+        self.total = total
         self.layers = {name: m for name, m in layers.items() if isinstance(m, CONVERTIBLE) or name in converted}
         if not self.layers:
             raise InputError("nothing to probe: the model has no linear or convolution layer")
@@ -59,14 +67,16 @@ class Probe:
         with backprop(self.model):
             true_signals, true_gradients = self._signals(loss)
         called = [name for name in self.layers if name in signals and name in true_signals]
-        self.angle = {name: degrees(signals[name], true_signals[name]) for name in called}
-        self.norm_ratio = {name: _ratio(signals[name], true_signals[name]) for name in called}
+        self.angle = {name: degrees(signals[name], true_signals[name], self.total) for name in called}
+        self.norm_ratio = {name: _ratio(signals[name], true_signals[name], self.total) for name in called}
         self.weight_angle = {name: degrees(gradients[name], true_gradients[name]) for name in gradients if name in true_gradients}
-        self.sign_flips = {name: (sign != self.signs[name]).double().mean().item() for name, sign in self._signs().items()}
+        flips = {name: whole((sign != self.signs[name]).sum()).item() for name, sign in self._signs().items()}
+        self.sign_flips = {name: count / self.signs[name].numel() for name, count in flips.items()}
 
     @torch.no_grad()
     def _signs(self) -> dict[str, Tensor]:
         """Sign of every layer's effective weight; a parametrization that computes it may draw numbers or count calls."""
+        reshard(self.model)
         with as_found(self.model):
             weights = {name: getattr(layer, "weight", None) for name, layer in self.layers.items()}
             return {name: weight.sign() for name, weight in weights.items() if isinstance(weight, Tensor)}
@@ -74,6 +84,7 @@ class Probe:
     def _signals(self, loss: Callable[[], Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gradient at every layer's output, and of every layer's weight, each flattened to one vector."""
         received: dict[str, list[Tensor]] = {}
+        reshard(self.model)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         with as_found(self.model), _listening(self.layers, received), torch.enable_grad():
             value = loss()
@@ -82,15 +93,31 @@ class Probe:
                     f"a probe needs a scalar loss that depends on the model's weights, got shape {tuple(value.shape)}, "
                     f"requires_grad={value.requires_grad}"
                 )
-            by_parameter = torch.autograd.grad(value, parameters, allow_unused=True)
+            by_parameter = self._gradients(value, parameters)
         found = {id(p): g for p, g in zip(parameters, by_parameter, strict=True) if g is not None}
         own = {name: id(layer._parameters.get("weight")) for name, layer in self.layers.items()}
         weights = {name: found[key].flatten() for name, key in own.items() if key in found}
         return {name: torch.cat(parts) for name, parts in received.items()}, weights
 
+    def _gradients(self, value: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+        """The whole gradient of each parameter, of the batches of all processes."""
+        if not any(is_sharded(p) for p in parameters):
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+            return [g if g is None or self.total is None else self.total(g) for g in found]
+        # Sharded ones are no part of the graph: only a whole backward pass gives them gradients, those of all processes.
+        before = [p.grad for p in parameters]
+        try:
+            for p in parameters:
+                p.grad = None
+            value.backward()
+            return [None if p.grad is None else whole(p.grad) for p in parameters]
+        finally:
+            for p, gradient in zip(parameters, before, strict=True):
+                p.grad = gradient
+
 
 @contextmanager
-def probe(model: nn.Module) -> Iterator[Probe]:
+def probe(model: nn.Module, *, total: Total | None = None) -> Iterator[Probe]:
     """Measure the learning signals of `model`, converted or not.
 
         with fahooks.probe(model) as p:
@@ -101,28 +128,40 @@ def probe(model: nn.Module) -> Iterator[Probe]:
 
     Costs two forward and backward passes a measurement and nothing between measurements.
 
+    Arguments:
+        model: a plain one, one that DistributedDataParallel wraps (give the one inside), or a sharded one (`fully_shard`), which
+            all processes have to measure at the same time.
+        total: gives the sum of a tensor over processes, each of which then measures its share of one batch at the same time;
+            without it each process measures its own batch.
+
     Raises:
         InputError: the model has no layer to probe.
     """
-    yield Probe(model)
+    yield Probe(model, total=total)
 
 
-def degrees(a: Tensor, b: Tensor) -> float:
+def degrees(a: Tensor, b: Tensor, total: Total | None = None) -> float:
     """The angle between two tensors seen as vectors, in degrees, 0 to 180; NaN where either is zero.
 
-    Accurate near 0 too, where the arc cosine is not (Kahan's formula); equal tensors give exactly 0.
+    Accurate near 0 too, where the arc cosine is not (Kahan's formula); equal tensors give exactly 0. Where `total` adds up over
+    processes, the vectors are those of all processes, one after the other.
     """
     a, b = a.double().flatten(), b.double().flatten()
-    norms = a.norm(), b.norm()
+    norms = _norms(total, a, b)
     if not (norms[0] > 0 and norms[1] > 0):
         return math.nan
     a, b = a / norms[0], b / norms[1]
-    return math.degrees(2 * math.atan2((a - b).norm().item(), (a + b).norm().item()))
+    return math.degrees(2 * math.atan2(*_norms(total, a - b, a + b).tolist()))
 
 
-def _ratio(a: Tensor, b: Tensor) -> float:
-    divisor = b.double().norm().item()
-    return a.double().norm().item() / divisor if divisor else math.nan
+def _ratio(a: Tensor, b: Tensor, total: Total | None) -> float:
+    norm, divisor = _norms(total, a.double(), b.double()).tolist()
+    return norm / divisor if divisor else math.nan
+
+
+def _norms(total: Total | None, *vectors: Tensor) -> Tensor:
+    norms = torch.stack([torch.linalg.vector_norm(vector) for vector in vectors])
+    return norms if total is None else total(norms.square()).sqrt()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timm.layers.std_conv import StdConv2d
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,10 +26,9 @@ from fahooks.rules import targets
 from fahooks.training import distributed
 
 WORLD = 2
+ALONE = None
 
 RULES = ["fa", "usf", "usf_init", "usf_sn", "frsf", "brsf", "sham", "dfa", "dense_fa", "drtp", "kp"]
-
-SHARDED = ["fa", "usf", "usf_init", "usf_sn", "frsf", "brsf", "sham", "dfa", "dense_fa", "drtp"]
 
 
 class Network(nn.Module):
@@ -126,10 +126,11 @@ def _process(rank: int, port: int, folder: Path) -> None:
 def everything(rank: int) -> dict[str, Any]:
     return {
         "ddp": {rule: by_ddp(rank, rule) for rule in RULES},
-        "fsdp, kept": {rule: by_fsdp(rank, rule) for rule in SHARDED},
-        "fsdp, recomputed": {rule: by_fsdp(rank, rule, checkpointed=True) for rule in SHARDED},
-        "fsdp, converted last": {rule: by_fsdp(rank, rule, sharded_first=True) for rule in SHARDED},
-        "refused": refused_where_sharded(rank),
+        "fsdp, kept": {rule: by_fsdp(rank, rule) for rule in RULES},
+        "fsdp, recomputed": {rule: by_fsdp(rank, rule, checkpointed=True) for rule in RULES},
+        "fsdp, converted last": {rule: by_fsdp(rank, rule, sharded_first=True) for rule in RULES},
+        "computed": refused_where_sharded_and_computed(rank),
+        "probe": probe_sharded(rank),
         "buffers": buffers_after_a_pass(rank),
     }
 
@@ -153,16 +154,44 @@ def by_fsdp(rank: int, rule: str, *, checkpointed: bool = False, sharded_first: 
     return gradients(model)
 
 
-def refused_where_sharded(rank: int) -> dict[str, str]:
+def refused_where_sharded_and_computed(rank: int) -> dict[str, str]:
+    """What rules say that learn beside a weight which its layer standardises."""
     refusals = {}
-    for rule, hooks in (("kp", []), ("wm", []), ("fa", ["alignment"])):
-        model = converted(rule)
+    for rule in ("kp", "wm"):
+        model = network()
+        model.blocks[1][0] = StdConv2d(8, 8, 3, stride=2, padding=0, groups=2).double()  # pyright: ignore[reportIndexIssue]
+        fahooks.convert(model, rule)
         shard(model)
+        fahooks.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
         try:
-            fahooks.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), *hooks)
+            learn(model, model, *samples(), rule)
         except InputError as error:
-            refusals[hooks[0] if hooks else rule] = str(error)
+            refusals[rule] = str(error)
     return refusals
+
+
+def probe_sharded(rank: Any) -> dict[str, Any]:
+    """A probe's measurements of a model that has taken a step, and what it did to the model's gradients."""
+    model = converted("fa")
+    if rank is not ALONE:
+        shard(model)
+    images, labels = (part if rank is ALONE else part.chunk(WORLD)[rank] for part in samples())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with fahooks.probe(model, total=None if rank is ALONE else total) as p:
+        learn(model, model, images, labels, "fa")
+        optimizer.step()
+        before = gradients(model)
+        with torch.no_grad():
+            model(images)  # leaves the root's weights whole
+        p.measure(lambda: torch.nn.functional.cross_entropy(model(images), labels))
+    torch.testing.assert_close(gradients(model), before, rtol=0, atol=0)
+    return {"angle": p.angle, "norm_ratio": p.norm_ratio, "weight_angle": p.weight_angle, "sign_flips": p.sign_flips}
+
+
+def total(value: Tensor) -> Tensor:
+    value = value.clone()
+    dist.all_reduce(value)
+    return value
 
 
 def buffers_after_a_pass(rank: int) -> dict[str, Tensor]:
@@ -187,16 +216,24 @@ def test_data_parallel_gradients_are_those_of_the_joined_batch(found: list[dict[
 
 @pytest.mark.parametrize("way", ["kept", "recomputed", "converted last"])
 def test_fully_sharded_gradients_are_those_of_the_joined_batch(found: list[dict[str, Any]], way: str) -> None:
-    for rule in SHARDED:
+    for rule in RULES:
         for process in found:
             torch.testing.assert_close(process[f"fsdp, {way}"][rule], in_one_process(rule), rtol=1e-10, atol=1e-12)
 
 
-def test_what_needs_whole_weights_says_so_where_they_are_sharded(found: list[dict[str, Any]]) -> None:
+def test_a_rule_that_learns_beside_a_sharded_weight_refuses_one_that_is_computed(found: list[dict[str, Any]]) -> None:
     for process in found:
-        assert process["refused"].keys() == {"kp", "wm", "alignment"}
-        for message in process["refused"].values():
-            assert "is sharded (fully_shard): use DistributedDataParallel" in message
+        assert process["computed"].keys() == {"kp", "wm"}
+        for message in process["computed"].values():
+            assert "'blocks.1.0' computes its weight from its parameter (weight standardisation)" in message
+
+
+def test_a_probe_of_sharded_weights_measures_the_joined_batch(found: list[dict[str, Any]]) -> None:
+    alone = probe_sharded(ALONE)
+    for process in found:
+        for quantity, by_layer in alone.items():
+            assert process["probe"][quantity] == pytest.approx(by_layer, rel=1e-10), quantity
+    assert alone["angle"]["blocks.0.0"] > 1 and any(alone["sign_flips"].values()), "control: there is something to measure"
 
 
 def test_feedback_is_not_broadcast_and_other_buffers_are(found: list[dict[str, Any]]) -> None:

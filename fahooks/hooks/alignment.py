@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from fahooks.hooks.base import Hook, Match, register_hook
-from fahooks.rules.base import check_positive, refuse_sharded
+from fahooks.rules.base import check_positive
 from fahooks.rules.drawing import check_draw, draw
+from fahooks.rules.sharding import sharded_like
 from fahooks.surgery.choice import fans
 from fahooks.surgery.sites import Site
 
@@ -46,13 +47,8 @@ class Alignment(Hook):
         generator_for: Callable[[str], torch.Generator],
         **about: Any,
     ) -> None:
-        """Draw V.
-
-        Raises:
-            InputError: a weight is sharded.
-        """
+        """Draw V, of which each process keeps the part that belongs to its part of a sharded weight."""
         for name, weight in weights.items():
-            refuse_sharded(weight, f"alignment: V is kept whole, and {name!r}")
             fan_in, fan_out = fans(sites[name], weight)
             target = draw(
                 weight,
@@ -63,7 +59,7 @@ class Alignment(Hook):
                 fan_out=fan_out,
                 generator=generator_for(name),
             )
-            self.remember(name, target)
+            self.remember(name, sharded_like(target, weight))
 
     def before_step(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Add 2 strength (W - V) to every gradient."""

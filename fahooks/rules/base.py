@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fahooks import plugins
+from fahooks.rules.sharding import is_sharded
 
 register_rule = plugins.rules.register
 
@@ -146,7 +147,9 @@ class LearningRule(Rule):
     def _check_learned(self, weight: Tensor) -> None:
         """Refuse a layer that computes its weight from the parameter that B learns beside; autocast may change the dtype."""
         (parameter,) = self.learned
-        if weight.dtype == parameter.dtype and weight.data_ptr() != parameter.data_ptr():
+        # Of a sharded parameter a layer is given the whole one, which is another tensor, but none that was computed.
+        other = weight.grad_fn is not None if is_sharded(parameter) else weight.data_ptr() != parameter.data_ptr()
+        if weight.dtype == parameter.dtype and other:
             raise plugins.InputError(
                 f"{self.label}: {self.name!r} computes its weight from its parameter (weight standardisation), and B would "
                 "learn beside another weight than it serves: give this layer another rule"
@@ -161,12 +164,7 @@ class LearningRule(Rule):
         return {**self.__dict__, "attached": False, "learned": ()}
 
     def attach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
-        """Begin to learn.
-
-        Raises:
-            InputError: the weight is sharded.
-        """
-        refuse_sharded(weight, f"{self.label}: B learns beside the whole weight, and {self.name!r}")
+        """Begin to learn."""
         self.attached = True
         self.learned = (weight,)  # in a tuple, since a module would take it for a parameter of its own
 
@@ -248,16 +246,6 @@ def weight_norm(weight: Tensor) -> Tensor:
     # First a unit at a time: added up in one go, the squares of millions of weights lose the last digits of the norm.
     units = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), dtype=precision)
     return torch.linalg.vector_norm(units)
-
-
-def refuse_sharded(weight: Tensor, what: str) -> None:
-    """Refuse a weight that is a DTensor, in a sentence that begins with `what`.
-
-    Raises:
-        InputError: the weight is sharded.
-    """
-    if hasattr(weight, "full_tensor"):
-        raise plugins.InputError(f"{what} is sharded (fully_shard): use DistributedDataParallel")
 
 
 def check_model(model: object) -> None:

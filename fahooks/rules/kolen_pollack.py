@@ -10,6 +10,7 @@ from torch.optim import LBFGS, Optimizer
 from fahooks.plugins import InputError
 from fahooks.rules.base import LearningRule, register_rule
 from fahooks.rules.feedback_alignment import FeedbackAlignment
+from fahooks.rules.sharding import is_sharded, sharded_like, whole
 
 
 @register_rule("kp", paper="Kolen, Pollack 1994; Akrout et al. 2019, https://arxiv.org/abs/1904.05391")
@@ -23,7 +24,8 @@ class KolenPollack(LearningRule, FeedbackAlignment):
 
     so that W - B shrinks by 1 - eta lambda a step. `fahooks.attach(model, optimizer)` puts B into the parameter group of W, with
     the gradient of W as its own: it gets the momentum, the adaptive step, the weight decay and the learning rate of any
-    optimizer. Without weight decay W - B stays as it is.
+    optimizer. Without weight decay W - B stays as it is. Where W is sharded (`fully_shard`), what the optimizer updates is a part
+    of B, as of W, and B is put together after each step.
 
     Arguments:
         init: variance of the initial B, see `fahooks.rules.drawing.draw`.
@@ -46,11 +48,11 @@ class KolenPollack(LearningRule, FeedbackAlignment):
         if isinstance(optimizer, LBFGS) and any(optimizer.state.values()):
             raise InputError(f"{self.label}: an LBFGS that has stepped can take in no B: attach to a new one")
         super().attach(weight, optimizer)
-        _group(weight, optimizer)["params"].append(self.matrix)
-        self.updated = self.matrix
+        self.updated = sharded_like(self.matrix, weight)
+        _group(weight, optimizer)["params"].append(self.updated)
         # Momentum that W has gathered, and what Adagrad prepares when it is made, are B's as well.
-        if optimizer.state.get(weight) and self.matrix not in optimizer.state:
-            optimizer.state[self.matrix] = copy.deepcopy(optimizer.state[weight])
+        if optimizer.state.get(weight) and self.updated not in optimizer.state:
+            optimizer.state[self.updated] = copy.deepcopy(optimizer.state[weight])
 
     def before_step(self, weight: nn.Parameter) -> None:
         """Give B the gradient of W.
@@ -58,14 +60,18 @@ class KolenPollack(LearningRule, FeedbackAlignment):
         Raises:
             InputError: B is another tensor than the one that the optimizer updates.
         """
-        if self.matrix is not self.updated:
+        if is_sharded(self.updated):
+            self.updated.copy_(sharded_like(self.matrix, weight))  # a checkpoint may have been loaded
+        elif self.matrix is not self.updated:
             raise InputError(f"{self.label}: the B of {self.name!r} was moved or replaced after fahooks.attach: attach again")
         # A copy: a fused optimizer undoes loss scaling in the gradients themselves, in each of them once.
-        self.matrix.grad = None if weight.grad is None else weight.grad.detach().clone()
+        self.updated.grad = None if weight.grad is None else weight.grad.detach().clone()
 
     def after_step(self, weight: nn.Parameter) -> None:
-        """Let the gradient of B go."""
-        self.matrix.grad = None
+        """Let the gradient of B go, and put B together where it was updated in parts."""
+        self.updated.grad = None
+        if is_sharded(self.updated):
+            self.matrix.copy_(whole(self.updated))
 
     def detach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
         """Take B, and what the optimizer keeps of it, out again."""

@@ -9,6 +9,7 @@ from fahooks.plugins import InputError
 from fahooks.rules.base import LearningRule, check_positive, register_rule
 from fahooks.rules.drawing import DrawingRule
 from fahooks.rules.feedback_alignment import FeedbackAlignment
+from fahooks.rules.sharding import whole
 
 
 @register_rule("wm", paper="Akrout et al. 2019, https://arxiv.org/abs/1904.05391")
@@ -59,7 +60,7 @@ class WeightMirror(LearningRule, DrawingRule, FeedbackAlignment):
 
     def after_step(self, weight: nn.Parameter) -> None:
         """Send noise through W, and let B learn."""
-        units = weight.detach().flatten(1)
+        units = whole(weight.detach()).flatten(1)
         noise = self.next_draw(units, (self.samples, units.shape[1]), "normal", 1.0)
         mirrored = (noise @ units.t()).t() @ noise / self.samples
         self.matrix.lerp_(mirrored.view(self.matrix.shape), self.rate)

@@ -204,6 +204,11 @@ def of_every_rank(value: Any) -> list[Any]:
     return values
 
 
+def shards(kind: str) -> bool:
+    """Whether `wrap` leaves each rank with a part of the parameters."""
+    return kind == "fsdp2" and _joined()
+
+
 def wrap(model: nn.Module, kind: str, device: torch.device) -> nn.Module:
     """What to call for a forward pass, so that gradients are averaged over the ranks.
 
@@ -213,12 +218,12 @@ def wrap(model: nn.Module, kind: str, device: torch.device) -> nn.Module:
             the optimizer afterwards.
         device: where it is.
     """
+    if shards(kind):
+        shard(model, device)
+        return model
     if not _joined():
         return model
-    if kind == "ddp":
-        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    shard(model, device)
-    return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

@@ -153,7 +153,8 @@ def train(setup: Setup, run: RunDirectory, *, resume: bool = False, console: Con
 
 
 def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop: Stop) -> Result:
-    probe = Probe(setup.model)  # before the checkpoint: sign flips count from the first weights, also in a resumed run
+    # Before the checkpoint: sign flips count from the first weights, also in a resumed run.
+    probe = Probe(setup.model, total=total)
     recipe = setup.recipe
     checkpoints = Checkpoints(run.checkpoints, recipe.model_dump(mode="json"), keep=recipe.checkpoint.keep)
     path, state = checkpoints.newest() if resume else (None, {})

@@ -6,6 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -14,14 +15,23 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from fahooks import recipe
 
 
-def make_optimizer(model: nn.Module, config: recipe.Adam | recipe.AdamW | recipe.SGD) -> Optimizer:
-    """The optimizer that `config` describes, for every parameter of `model` that requires a gradient."""
+def make_optimizer(model: nn.Module, config: recipe.Adam | recipe.AdamW | recipe.SGD, *, scaled: bool = False) -> Optimizer:
+    """The optimizer that `config` describes, for every parameter of `model` that requires a gradient.
+
+    Arguments:
+        model: the model.
+        config: what it is.
+        scaled: whether a GradScaler may skip steps.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     # torch knows no fused step for some optimizers where parameters are sharded.
     fused = not any(isinstance(p, DTensor) for p in parameters)
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     if isinstance(config, recipe.SGD):
         optimizer = SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, **common)
+        if scaled and fused and config.momentum:
+            # If its first step is skipped, a fused SGD goes on with momentum that it never wrote.
+            optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters})
     else:
         optimizer = (Adam if isinstance(config, recipe.Adam) else AdamW)(parameters, betas=config.betas, **common)
     optimizer.register_load_state_dict_pre_hook(partial(_keep_fused, fused))

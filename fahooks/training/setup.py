@@ -123,8 +123,7 @@ def prepare(recipe: Recipe, streams: Streams | None = None) -> Setup:
     try_on(model, recipe.model.name, next(iter(train)), dataset.classes, autocast)
     try_smallest_pass(model, recipe, train, autocast)
     wrapped = distributed.wrap(model, recipe.train.distributed, device)
-    _check_whole(recipe, model)
-    optimizer = make_optimizer(model, recipe.optim)
+    optimizer = make_optimizer(model, recipe.optim, scaled=recipe.train.precision == "fp16")
     average = None if plain is None or recipe.train.ema is None else _average(plain, model, recipe.train.ema, device)
     if distributed.rank() != 0:  # dropout is to differ from rank to rank
         torch.manual_seed(generator_seed(recipe.seed, f"rank {distributed.rank()}"))
@@ -137,7 +136,7 @@ def prepare(recipe: Recipe, streams: Streams | None = None) -> Setup:
         test=streams.test,
         model=model,
         wrapped=wrapped,
-        forward=cast(Any, torch.compile(wrapped)) if recipe.train.compile else wrapped,
+        forward=cast(Any, torch.compile(wrapped, dynamic=False)) if recipe.train.compile else wrapped,
         report=report,
         optimizer=optimizer,
         schedule=make_schedule(optimizer, recipe.schedule, epochs=recipe.train.epochs, steps=len(train)),
@@ -154,7 +153,9 @@ def _converted(recipe: Recipe, dataset: Dataset, device: torch.device) -> tuple[
     model = models.build_for_images(recipe.model.name, shape, dataset.classes, **recipe.model.options)
     plain = None if recipe.train.ema is None else copy.deepcopy(model)
     report = convert(model, {f.match: {"rule": f.rule, **f.options} for f in recipe.feedback}, seed=recipe.seed)
-    memory_format = torch.channels_last if recipe.train.channels_last else torch.preserve_format
+    # Parameters that are to be sharded have to be contiguous; images that are not are enough for convolutions.
+    sharded = distributed.shards(recipe.train.distributed)
+    memory_format = torch.channels_last if recipe.train.channels_last and not sharded else torch.preserve_format
     for module in (model, plain):
         if module is not None:
             cast(Any, module).to(device, memory_format=memory_format)
@@ -172,18 +173,3 @@ def _attach(recipe: Recipe, model: nn.Module, optimizer: Optimizer, total_steps:
         return None
     given = [{"name": hook.name, **({"match": hook.match} if hook.match else {}), **hook.options} for hook in recipe.hooks]
     return attach(model, optimizer, *given, total_steps=total_steps, seed=recipe.seed)
-
-
-def _check_whole(recipe: Recipe, model: nn.Module) -> None:
-    """Refuse what needs whole weights where they are sharded.
-
-    Raises:
-        InputError: probes, and float16, whose scaler looks for infinite gradients on each rank alone.
-    """
-    if not distributed.is_sharded(model):
-        return
-    if recipe.probes.every is not None:
-        what = "probes.every measures whole gradients, and train.distributed=fsdp2 shards them"
-        raise InputError(f"{what}: use ddp, or --set probes.every=null")
-    if recipe.train.precision == "fp16":
-        raise InputError("train.precision=fp16 needs whole gradients, and train.distributed=fsdp2 shards them: use bf16, or ddp")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ from fahooks.training import commands, distributed, loop
 
 @models.register("in_float64", summary="Two convolutions and two linear maps, for images of 8x8 pixels in float64.")
 class InFloat64(nn.Module):
-    def __init__(self, classes: int = 10, norm: bool = False) -> None:
+    """Where it is to `overflow`, the first two steps get infinite gradients for a unit that, sharded, one process alone has."""
+
+    def __init__(self, classes: int = 10, norm: bool = False, overflow: bool = False) -> None:
         super().__init__()
         self.blocks = nn.Sequential(
             nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.Tanh()),
@@ -27,14 +30,23 @@ class InFloat64(nn.Module):
         )
         self.head = nn.Linear(16, classes)
         self.double()
+        if overflow:
+            self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+            self.blocks[0].register_forward_hook(self._overflow)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(images.double()))
+
+    def _overflow(self, block: nn.Module, inputs: object, output: Tensor) -> None:
+        self.passes += self.training
+        if self.training and self.passes <= 2:
+            output.register_hook(lambda error: error.index_fill(1, torch.tensor([0]), torch.inf))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     loop._plot = lambda run: None  # half of the time of such short runs
+    torch.compile = partial(torch.compile, backend="aot_eager")  # all of it but for writing and compiling C++
     recipe, cases, out = sys.argv[1:]
     with distributed.joined():
         if cases == "resume":

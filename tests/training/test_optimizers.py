@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from fahooks.recipe import SGD, Adam, AdamW, Constant, Cosine, Step
 from fahooks.training.optimizers import make_optimizer, make_schedule
@@ -81,3 +84,27 @@ def test_warmup_rises_at_every_step_to_what_the_schedule_says():
 
 def test_the_papers_mnist_schedule_drops_after_epoch_20():
     assert rates(Step(name="step", every=20, gamma=0.1), epochs=25, steps=1) == pytest.approx([1.0] * 20 + [0.1] * 5)
+
+
+def after_a_skipped_step(make: Callable[[nn.Module], Optimizer]) -> nn.Linear:
+    """What two steps give of which a GradScaler skips the first; memory that is not written is NaN."""
+    net, scaler = model(), torch.amp.GradScaler("cpu")
+    optimizer = make(net)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for value in (torch.inf, 1.0):
+            optimizer.zero_grad()
+            scaler.scale(net(torch.full((1, 3), value)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return net
+
+
+def test_a_first_step_that_a_scaler_skips_leaves_no_momentum():
+    sgd = SGD(name="sgd", lr=0.1, momentum=0.9)
+    ours = after_a_skipped_step(lambda net: make_optimizer(net, sgd, scaled=True))
+    assert torch.allclose(ours.weight, model().weight - 0.1)
+    fused = after_a_skipped_step(lambda net: make_optimizer(net, sgd))
+    assert fused.weight.isnan().all(), "control: torch's fused SGD has learned to skip its first step, and can be used"
