@@ -196,6 +196,7 @@ class Train(Section):
             none. After t steps the decay is min(ema, (1 + t) / (10 + t)).
         distributed: how the processes that torchrun started train together: "ddp" keeps the whole model in each of them,
             "fsdp2" a part of every parameter. The global batch is data.batch_size, whatever their number.
+        sync_batchnorm: let batch norm take its statistics over the shares of all processes in a pass, not of each alone; on GPUs.
         device: "auto" takes a GPU where there is one: the first, or that of the process.
         threads: CPU threads for torch; None leaves them alone.
     """
@@ -210,6 +211,7 @@ class Train(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema: Fraction | None = None
     distributed: Literal["ddp", "fsdp2"] = "ddp"
+    sync_batchnorm: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = None
 

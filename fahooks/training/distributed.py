@@ -26,6 +26,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from fahooks.plugins import InputError
+
 STARTED_BY_TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 # How long ranks wait for rank 0 to download, or to write the files of a loader: a process that is gone is noticed at once.
@@ -202,6 +204,37 @@ def of_every_rank(value: Any) -> list[Any]:
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with `nn.SyncBatchNorm` for batch norm, whose statistics are those of all processes; alone, the model as it is.
+
+    Raises:
+        InputError: there is no GPU, without which torch can not do it, or a class of batch norm that torch and timm do not know.
+    """
+    if world() == 1:
+        return model
+    if device.type != "cuda":
+        raise InputError(
+            "train.sync_batchnorm=true: torch has nn.SyncBatchNorm on GPUs alone, and this runs on the CPU: leave it away"
+        )
+    return with_sync_batchnorm(model)
+
+
+def with_sync_batchnorm(model: nn.Module) -> nn.Module:
+    """The model with its batch norms, those of timm that hold an activation among them, replaced by synchronised ones.
+
+    Raises:
+        InputError: a batch norm is of another class, which the conversion would lose.
+    """
+    from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm  # timm is slow to import
+
+    known = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in known:
+            what = f"train.sync_batchnorm=true: {name!r} is a {type(module).__name__}, for which there is no synchronised one"
+            raise InputError(f"{what}: leave it away")
+    return convert_sync_batchnorm(model)
 
 
 def shards(kind: str) -> bool:

@@ -151,6 +151,8 @@ def _converted(recipe: Recipe, dataset: Dataset, device: torch.device) -> tuple[
     """The network, converted; the same without rules where an average of its weights is asked for; the report."""
     shape = seen_shape(recipe, dataset)
     model = models.build_for_images(recipe.model.name, shape, dataset.classes, **recipe.model.options)
+    if recipe.train.sync_batchnorm:
+        model = distributed.sync_batchnorm(model, device)
     plain = None if recipe.train.ema is None else copy.deepcopy(model)
     report = convert(model, {f.match: {"rule": f.rule, **f.options} for f in recipe.feedback}, seed=recipe.seed)
     # Parameters that are to be sharded have to be contiguous; images that are not are enough for convolutions.

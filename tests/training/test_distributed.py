@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -15,9 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
 
+from fahooks.plugins import InputError
 from fahooks.training import checkpoint
+from fahooks.training.distributed import with_sync_batchnorm
 
 HERE = Path(__file__).parent
 
@@ -49,6 +53,7 @@ ALONE = {
     "adamw": ["optim={name: adamw, lr: 1e-3}", "schedule={name: cosine, warmup: 1}"],
     "probes": ["probes.every=2"],
     "fp16": ["train.precision=fp16", "model.overflow=true", "hooks=[{name: constant_norm}]", "feedback=[{rule: kp}]"],
+    "sync_batchnorm": ["train.sync_batchnorm=true", "model.norm=true"],
     "channels_last": ["train.channels_last=true"],
     "compiled": COMPILED,
     "long": LONG,
@@ -129,7 +134,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 @of_trained
-@pytest.mark.parametrize("case", DDP)
+@pytest.mark.parametrize("case", [case for case in DDP if case != "sync_batchnorm"])
 def test_two_processes_by_ddp_train_as_one(trained: dict[str, Path], case: str) -> None:
     one, two = trained["alone"] / case, trained["ddp"] / case
     assert_same(parts(two), parts(one), case)
@@ -139,10 +144,37 @@ def test_two_processes_by_ddp_train_as_one(trained: dict[str, Path], case: str) 
 
 
 @of_trained
-@pytest.mark.parametrize("case", FSDP2)
+@pytest.mark.parametrize("case", [case for case in FSDP2 if case != "sync_batchnorm"])
 def test_two_processes_by_fsdp2_train_as_one_and_their_checkpoints_are_whole(trained: dict[str, Path], case: str) -> None:
     assert_same(parts(trained["fsdp2"] / case), parts(trained["alone"] / case), case)
     assert_same_rows(trained["fsdp2"] / case, trained["alone"] / case)
+
+
+@of_trained
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_synchronised_batch_norm_is_refused_on_cpus_and_needless_alone(trained: dict[str, Path], way: str) -> None:
+    said = (trained[way] / "sync_batchnorm.txt").read_text()
+    assert said == (
+        "train.sync_batchnorm=true: torch has nn.SyncBatchNorm on GPUs alone, and this runs on the CPU: leave it away"
+    )
+    assert not (trained[way] / "sync_batchnorm").exists()
+    assert "test error" in (trained["alone"] / "sync_batchnorm.txt").read_text()
+
+
+class OwnBatchNorm(nn.BatchNorm2d):
+    pass
+
+
+def test_batch_norms_are_replaced_by_synchronised_ones_with_the_same_weights_and_activations() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), BatchNormAct2d(4), nn.Flatten())
+    plain, model = layers.eval(), with_sync_batchnorm(copy.deepcopy(layers))
+    assert [type(layer).__name__ for layer in model.children()] == ["Conv2d", "SyncBatchNorm", "SyncBatchNormAct", "Flatten"]
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    images = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(model.eval()(images), plain(images), rtol=0, atol=0)
+    assert (plain(images) >= 0).all() and (plain[:2](images) < 0).any(), "control: there is an activation to lose"
+    with pytest.raises(InputError, match="'0' is a OwnBatchNorm, for which there is no synchronised one: leave it away"):
+        with_sync_batchnorm(nn.Sequential(OwnBatchNorm(4)))
 
 
 @of_trained
