@@ -11,6 +11,7 @@ from torch import Tensor
 from fahooks.rules.base import Rule, check_positive, register_rule, weight_norm
 from fahooks.rules.drawing import DrawingRule, check_draw, deviation
 from fahooks.rules.feedback_alignment import FeedbackAlignment
+from fahooks.rules.workspace import sign
 
 LIAO = "Liao et al. 2015, https://arxiv.org/abs/1510.05067"
 
@@ -43,11 +44,11 @@ class SignSymmetry(Rule):
 
     def forward(self, weight: Tensor) -> Tensor:
         """B = scale x sign(W)."""
-        return weight.sign().mul_(self.factor)
+        return sign(weight).mul_(self.factor)
 
     def factors(self, weight: Tensor) -> tuple[Tensor, float]:
         """sign(W), and the scale."""
-        return weight.sign(), self.factor
+        return sign(weight), self.factor
 
     def extra_repr(self) -> str:
         """The scale."""
@@ -71,7 +72,7 @@ class SignSymmetryInit(FeedbackAlignment):
 
     def forward(self, weight: Tensor) -> Tensor:
         """B = abs(B_0) sign(W)."""
-        return weight.sign().mul_(super().forward(weight))
+        return sign(weight).mul_(super().forward(weight))
 
 
 @register_rule("frsf", paper=LIAO)
@@ -118,7 +119,7 @@ class SignSymmetryRandomMagnitude(DrawingRule):
 
     def forward(self, weight: Tensor) -> Tensor:
         """B = abs(M) sign(W)."""
-        return self.next_draw(weight, weight.shape, self.distribution, self.deviation).abs_().mul_(weight.sign())
+        return self.next_draw(weight, weight.shape, self.distribution, self.deviation).abs_().mul_(sign(weight))
 
     def extra_repr(self) -> str:
         """The options."""
@@ -136,7 +137,7 @@ class SignSymmetryNormalized(Rule):
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """sign(W), and norm(W) / norm(sign(W))."""
-        signs, norm = weight.sign(), weight_norm(weight)
+        signs, norm = sign(weight), weight_norm(weight)
         # Sums of ones are exact, in whatever order they are added up.
         sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
         return signs, (norm / sign_norm.clamp_min(1)).to(weight.dtype)

@@ -1,0 +1,55 @@
+"""Memory for matrices that are gone when the backward pass of their layer is over.
+
+Fresh memory costs a page fault every 4 KiB wherever the allocator has given the last layer's back to the system, and on a virtual
+machine that can take longer than all else that a sign rule does. Whether it has depends on the order of allocations.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor, nn
+
+SMALLEST, LARGEST = 2**18, 2**25
+"""Bytes of the matrices that are served. Smaller ones the allocator has at hand; larger ones would be much to keep."""
+
+
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.blocks: dict[torch.dtype, Tensor] = {}
+
+
+_kept = _Kept()
+
+
+def sign(weight: Tensor) -> Tensor:
+    """The signs of a weight, as `Tensor.sign` gives them.
+
+    On a CPU, inside of a backward pass, its memory is used again by a later call of the same thread, once nobody holds it any
+    more. A thread keeps at most 32 MiB for each dtype.
+    """
+    if not _is_served(weight):
+        return weight.sign()
+    block = _kept.blocks.get(weight.dtype)
+    if block is None or block.numel() < weight.numel() or _is_held(block):
+        block = _kept.blocks[weight.dtype] = weight.new_empty(weight.numel())
+    return torch.sign(weight, out=block.as_strided(weight.shape, weight.stride()))
+
+
+def _is_served(weight: Tensor) -> bool:
+    """Whether the weight is an ordinary tensor on a CPU, without gaps, in a backward pass; a compiler plans memory itself."""
+    return (
+        weight.device.type == "cpu"
+        and SMALLEST <= weight.nbytes <= LARGEST
+        and not torch.compiler.is_compiling()
+        and type(weight) in (Tensor, nn.Parameter)
+        and torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
+        and not torch.is_grad_enabled()
+        and (weight.is_contiguous() or weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+    )
+
+
+def _is_held(block: Tensor) -> bool:
+    """Whether another tensor is in that memory; the block itself holds it, and so does its storage as an object of Python."""
+    return torch._C._storage_Use_Count(block.untyped_storage()._cdata) > 2  # pyright: ignore[reportAttributeAccessIssue]
