@@ -16,8 +16,11 @@ from fahooks.training.run_directory import RunDirectory
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
-# What RuntimeErrors say where there is no memory left on the host: torch, its libraries, and Python's threads.
-NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "can't start new thread", "could not create a memory")
+# What RuntimeErrors say where there is no memory left: torch and its libraries, of the host and of a GPU.
+NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "bad_alloc", "could not create a memory"),
+    *("CUDA error: out of memory", "STATUS_ALLOC_FAILED"),
+)
 
 
 @contextmanager

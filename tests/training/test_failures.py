@@ -51,7 +51,8 @@ def test_every_library_says_in_its_own_way_that_there_is_no_memory():
             asks()
         said = reason(caught.value)
         assert said is not None and said.startswith("out of memory") and "give the same command again" in said
-    assert is_out_of_memory(RuntimeError("std::bad_alloc"))
+    for said in ("std::bad_alloc", "CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"):
+        assert is_out_of_memory(RuntimeError(said))
     taken_for_another = InputError("model 'x' could not be built")
     taken_for_another.__cause__ = MemoryError()
     assert is_out_of_memory(taken_for_another)
