@@ -30,7 +30,8 @@ class RecipeName(click.ParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Offer shipped recipes and files."""
-        return [*complete_shipped(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
+        # In this order: bash forgets what stands before an item that asks for files.
+        return [CompletionItem(incomplete, type="file"), *complete_shipped(ctx, param, incomplete)]
 
 
 class FileToWrite(click.Path):
@@ -46,13 +47,16 @@ class FileToWrite(click.Path):
             InputError: it can not be written.
         """
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        there = path.exists()
+        target = path.resolve()
+        if (ctx is not None and ctx.resilient_parsing) or (target.exists() and not target.is_file()):
+            return path  # a shell completes the line; or a device or a pipe, which may be opened once only
+        there = target.exists()
         try:
-            path.open("a").close()
+            target.open("a").close()
         except OSError as error:
             raise InputError(f"{str(path)!r} can not be written: {error.strerror}") from error
         if not there:
-            path.unlink()
+            target.unlink()
         return path
 
 

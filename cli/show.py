@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .arguments import RECIPE, SETTINGS
+from .tables import on_terminal
 
 
 @click.command(epilog="Example: fahooks show mnist/fa-usf-sn --set train.epochs=1")
@@ -22,7 +23,7 @@ def show(recipe: str, overrides: tuple[str, ...]) -> None:
 
     lines = explain(find(recipe), overrides)
     console = Console(soft_wrap=True)
-    column = max(len(line.text) for line in lines if len(line.text) < 60) + 2 if console.is_terminal else 0
+    column = max(len(line.text) for line in lines if len(line.text) < 60) + 2 if on_terminal() else 0
     for line in lines:
         origin = f"{'':{max(2, column - len(line.text))}}# {line.origin}" if line.origin else ""
         console.print(Text(line.text).append(origin, style="dim"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 
 import click
@@ -13,10 +14,14 @@ from rich.text import Text
 PLAIN_WIDTH = 120
 
 
+def on_terminal() -> bool:
+    """Whether what is printed is looked at. rich is also told to colour what is not, by FORCE_COLOR."""
+    return sys.stdout.isatty()
+
+
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table that folds to the terminal's width; otherwise a line for each row, with a tab between its cells."""
-    console = Console()
-    if not console.is_terminal:
+    if not on_terminal():
         for row in (columns, *rows):
             click.echo("\t".join(row).rstrip("\t"))
         return
@@ -26,16 +31,15 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         # As Text, since rich reads "[N, C]" in a str as markup and drops it.
         table.add_row(*map(Text, row))
-    console.print(table)
+    Console().print(table)
 
 
 def print_result(result: RenderableType) -> None:
     """A table of results, to be read: at the terminal's width; otherwise 120 columns wide, and without blanks at line ends."""
-    console = Console()
-    if console.is_terminal:
-        console.print(result)
+    if on_terminal():
+        Console().print(result)
         return
-    console.width = PLAIN_WIDTH
+    console = Console(width=PLAIN_WIDTH)
     with console.capture() as printed:
         console.print(result)
     for line in printed.get().splitlines():

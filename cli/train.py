@@ -89,10 +89,13 @@ def _sweep(recipe: str, overrides: tuple[str, ...], sweeps: tuple[str, ...], see
 
     planned = sweep.plan(recipe, overrides, sweeps, None if seeds is None else numbers(seeds), out)
     diverged = sweep.train_missing(planned)
-    if distributed.rank() == 0:
+
+    def report() -> None:
         runs = {", ".join(s) or recipe: [read_run(path) for path in planned.paths(s)] for s in planned.settings}
         print_result(tables.by_settings(runs))
         click.echo(f"runs in {planned.out}")
+
+    distributed.told(report)  # the others wait for it: torchrun ends all processes when the first one fails
     if diverged:
         raise InputError("\n".join(diverged))
 

@@ -36,11 +36,14 @@ _HOMES = {
     "rules": "Rule list_rules register_rule targets",
     "surgery": "ConversionError backprop convert revert",
 }
+_MODULES = ("data", "functional", "models", "observation", "plugins", "recipe", "reference", "report", "training", "verify")
 __all__ = [name for names in _HOMES.values() for name in names.split()]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if not TYPE_CHECKING:  # which would take a module with __getattr__ to have every name
 
     def __getattr__(name: str) -> object:
+        if name in (*_HOMES, *_MODULES):
+            return import_module(f"{__name__}.{name}")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         for home, names in _HOMES.items():

@@ -108,6 +108,7 @@ def test_import_fahooks_is_light():
     assert "fahooks" in first and not first & {"torch", *heavy}
     used = imported_by("from fahooks import *\nimport fahooks\nassert convert is fahooks.convert")
     assert "torch" in used and not used & heavy
+    assert "torch" in imported_by("import fahooks\nassert fahooks.rules.Rule and fahooks.plugins and fahooks.functional.linear")
 
 
 def test_the_package_itself_only_re_exports():

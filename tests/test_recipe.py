@@ -155,6 +155,7 @@ def test_data_lie_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):
         ("optim", "optim: {name: adam, lr: .inf}", "7: optim.lr: must be a finite number (got inf)"),
         ("optim", "optim: {name: adam, lr: -1}", "7: optim.lr: must be greater than 0 (got -1)"),
         ("optim", "optim: {name: sgd, lr: 1, betas: [0, 0]}", "7: optim.betas: unknown key (got [0, 0])"),
+        ("optim", "optim: {name: adam, lr: 1, momentum: 0.9}", "7: optim.momentum: unknown key (got 0.9)"),
         ("optim", "optim: {name: sgd, lr: 1, momentun: 0}", "7: optim.momentun: unknown key (got 0) - did you mean 'momentum'?"),
         (
             "optim",

@@ -141,8 +141,8 @@ def a_corrupt_file_is_refused(loader: Loader, folder: Path) -> None:
     raise AssertionError("a JPEG that ends too early is fed as if it were whole")
 
 
-def a_corrupt_file_is_skipped(loader: Loader, folder: Path) -> None:
-    """A JPEG that ends too early is named in a warning and marked as not valid, where such are skipped; the others come."""
+def a_corrupt_file_is_skipped(loader: Loader, folder: Path, exact: bool = True) -> None:
+    """A JPEG that ends too early is named in a warning, black and not valid, where such are skipped; the others come."""
     examples, damaged = _damaged(folder)
     for steps in ([], FRAMED):
         for training in (True, False):
@@ -158,6 +158,11 @@ def a_corrupt_file_is_skipped(loader: Loader, folder: Path) -> None:
             assert index[~valid].tolist() == [DAMAGED], "exactly the file that is damaged must not be valid"
             # Whoever skips a file can not know what other ranks skip.
             assert [b.count for b in batches] == [len(b.index) for b in batches], "a skipped file changes the count of a batch"
+            with warnings.catch_warnings(), _opened(MemoryLoader(), examples, view) as reference:
+                warnings.simplefilter("ignore", CorruptFileWarning)
+                for one, other in zip(batches, list(reference), strict=True):
+                    same = torch.ones_like(one.valid) if exact else ~one.valid
+                    assert torch.equal(one.images[same], other.images[same]), "a skipped file is not black, or changes others"
 
 
 def goes_on_where_it_stopped(loader: Loader, folder: Path) -> None:

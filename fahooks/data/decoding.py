@@ -18,8 +18,11 @@ class CorruptFile(InputError):
     """
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what}, or leave such files out with data.corrupt=skip")
+        super().__init__(what)
         self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.what}, or leave such files out with data.corrupt=skip"
 
 
 class CorruptFileWarning(UserWarning):

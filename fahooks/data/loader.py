@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 import numpy
@@ -42,6 +42,19 @@ class Batch:
     index: Tensor
     valid: Tensor
     count: int
+
+    def split(self, parts: int, world: int = 1) -> list[Batch]:
+        """The batch in so many parts, for passes one after the other, or in fewer where it is small; `count` stays that of all.
+
+        Arguments:
+            parts: how many are wanted.
+            world: how many ranks share the global batch; all of them get as many parts.
+        """
+        parts = max(1, min(parts, self.count // world))  # no share of a rank is smaller
+        if parts == 1:
+            return [self]
+        cut = zip(*(tensor.tensor_split(parts) for tensor in (self.images, self.labels, self.index, self.valid)), strict=True)
+        return [replace(self, images=images, labels=labels, index=index, valid=valid) for images, labels, index, valid in cut]
 
 
 @dataclass(frozen=True)
@@ -261,4 +274,5 @@ class Loader(ABC):
 
         Raises:
             InputError: the examples are not what this loader can feed, or do not fit.
+            Failed: the device has no room for them.
         """

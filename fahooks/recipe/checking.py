@@ -60,7 +60,7 @@ def add_schema_problems(
     for detail in error.errors():
         key = _locate(tree, detail, at)
         if detail["type"] == "extra_forbidden":
-            words = unknown + _meant(str(key[-1]), _fields(tree, schema, key[:-1], at), schema)
+            words = unknown + _meant(key, _fields(tree, schema, key[:-1], at), schema)
         else:
             words = worded(detail)
         found.setdefault(key, []).append(words)
@@ -99,12 +99,14 @@ def _fields(tree: Tree, schema: type[BaseModel], section: Key, at: Key) -> list[
     return sorted({name for kind in named or kinds for name in kind.model_fields})
 
 
-def _meant(name: str, fields: Sequence[str], schema: type[BaseModel]) -> str:
-    """A clause with the keys that who wrote the unknown key `name` may have had in mind, empty where none is close."""
+def _meant(key: Key, fields: Sequence[str], schema: type[BaseModel]) -> str:
+    """A clause with the keys that who wrote the unknown `key` may have had in mind, empty where none is close."""
+    *section, name = map(str, key)
     known = SYNONYMS.get(name.lower(), name)
     if known in fields:
         return f" - did you mean {known!r}?"
-    elsewhere = sorted(key for key in _dotted_keys(schema) if key != "name" and f".{key}".endswith(f".{known}"))
+    others = {other for other in _dotted_keys(schema) if not section or not other.startswith(f"{section[0]}.")}
+    elsewhere = sorted(other for other in others if other != "name" and f".{other}".endswith(f".{known}"))
     return f" - did you mean {', '.join(map(repr, elsewhere))}?" if elsewhere else near(name, fields)
 
 

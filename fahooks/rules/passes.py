@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -157,24 +158,22 @@ class Passes:
         self.kept: list[Pass] | None = None
         self.chosen: dict[int | str, str] = {}
         self.reached: set[int | str] = set()
+        self.warned = False
         self.handles = (
             model.register_forward_pre_hook(self.begin, with_kwargs=True, prepend=True),
             model.register_forward_hook(self.end, always_call=True),
         )
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Begin a pass.
-
-        Raises:
-            InputError: after the passes before, errors reached the model's output, and no tensor of it that a rule listens to.
-        """
-        if self.reached and self.reached.isdisjoint(self.chosen):
+        """Begin a pass; warn, once, where errors reached the model's output, and no tensor of it that a rule listens to."""
+        if self.reached and self.chosen and self.reached.isdisjoint(self.chosen) and not self.warned:
             option, rule = next(iter(self.chosen.items()))
             used = ", ".join(map(repr, self.reached))
-            self.reached = set()
-            raise InputError(
-                f"{rule}: its layers learn nothing, since the loss does not use output={option!r} of the model, but {used}: "
-                "choose another output=, or compute the loss from that one"
+            self.warned = True
+            warnings.warn(
+                f"{rule}: its layers learn nothing so far: the loss does not use output={option!r} of the model, but {used}; "
+                "choose another output=, or compute the loss from that one",
+                stacklevel=2,
             )
         tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim() > 0)
         first = next(tensors, None)
@@ -190,8 +189,9 @@ class Passes:
         for visit in reversed(current.visits):
             output = visit.rule.finish(visit, output, current)
         if self.reached.isdisjoint(self.chosen) and not torch.compiler.is_compiling():
-            self.chosen = {_key(output, v.rule.output): v.rule.label for v in current.visits if v.rule.output is not None}
-            if self.chosen:
+            # A pass without gradients has no visits, and leaves what is watched as it is.
+            if chosen := {_key(output, v.rule.output): v.rule.label for v in current.visits if v.rule.output is not None}:
+                self.chosen = chosen
                 self._watch(output)
         return output
 

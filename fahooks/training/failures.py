@@ -19,7 +19,7 @@ MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 # What RuntimeErrors say where there is no memory left: torch and its libraries, of the host and of a GPU.
 NO_MEMORY = (
     *("can't allocate memory", "not enough memory", "bad_alloc", "could not create a memory"),
-    *("CUDA error: out of memory", "STATUS_ALLOC_FAILED"),
+    *("out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED"),
 )
 
 
@@ -128,8 +128,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether a process that this one trains with does not answer any more; gloo says so in a RuntimeError."""
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error) and any(words in str(error) for words in lost)
-    )
+    """Whether a process that this one trains with is gone; gloo says so in a RuntimeError, NCCL in a DistError."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    of_distributed = isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return of_distributed and any(words in str(error) for words in lost)

@@ -10,7 +10,7 @@ from pathlib import Path
 from fahooks.data import Loader, Split, Stream
 from fahooks.data.ffcv.loader import FfcvLoader
 from fahooks.data.throughput import Throughput, measure
-from fahooks.plugins import InputError, loaders
+from fahooks.plugins import Failed, InputError, loaders
 from fahooks.recipe import Recipe, find, load
 from fahooks.training.device import choose_device
 from fahooks.training.resolution import with_data
@@ -72,7 +72,7 @@ def compare_loaders(
                 loader.prepare(parts.train, corrupt=view.corrupt)
                 started = time.perf_counter()
                 opened[loader_name] = stack.enter_context(loader.open(parts.train, view))
-            except InputError as error:
+            except (InputError, Failed) as error:
                 if only:
                     raise
                 left_out[loader_name] = str(error)

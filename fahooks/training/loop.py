@@ -120,7 +120,9 @@ class Sitting:
         self.saved = time.perf_counter()
 
 
-def train(setup: Setup, run: RunDirectory, *, resume: bool = False, console: Console | None = None) -> Result:
+def train(
+    setup: Setup, run: RunDirectory, *, resume: bool = False, console: Console | None = None, stop: Stop | None = None
+) -> Result:
     """Train and leave everything about it in `run`.
 
     The best epoch is the one with the lowest error on the validation split. The test set is looked at only afterwards: once with
@@ -132,6 +134,7 @@ def train(setup: Setup, run: RunDirectory, *, resume: bool = False, console: Con
         resume: go on after the last step that `run` has a checkpoint of; on a CPU the end is bit for bit that of an uninterrupted
             run.
         console: where to show progress; by default standard output.
+        stop: notes being asked to stop; by default one of its own, and a run that is asked when it is over just ends.
 
     Raises:
         Diverged: the loss became infinite or not a number.
@@ -139,7 +142,7 @@ def train(setup: Setup, run: RunDirectory, *, resume: bool = False, console: Con
         Failed: something else went wrong; the message says what.
         KeyboardInterrupt: it was asked to stop, by Ctrl-C, SIGTERM or SIGHUP; the message says how to go on.
     """
-    with recorded(run), Stop() as stop:
+    with recorded(run), Stop() if stop is None else nullcontext(stop) as stop:
         run.status("running")
         try:
             result = _train(setup, run, resume, console or Console(quiet=rank() != 0), stop)
@@ -315,7 +318,8 @@ def evaluate(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None
 
 def _measure(setup: Setup, p: Probe, batch: Batch) -> None:
     count = counted(setup, batch)
-    p.measure(lambda: loss_of(setup, setup.model, batch.images, known(batch), count=count)[0])
+    part = batch.split(setup.recipe.train.accumulate, setup.train.view.world)[0]  # more may find no room
+    p.measure(lambda: loss_of(setup, setup.model, part.images, known(part), count=count)[0])
 
 
 def _log_probe(sitting: Sitting, epoch: int) -> None:

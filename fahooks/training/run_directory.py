@@ -77,9 +77,12 @@ class RunDirectory:
             InputError: `out` holds something already or can not be written.
         """
         run = cls(fresh_directory(out, recipe.name, text=source.text))
-        run.write("recipe.yaml", source.text)
-        run.write("env.json", _json({**_environment(source, overrides), "choices": dict(choices or {})}))
-        run.write("resolved.yaml", recipe.as_yaml())
+        try:
+            run.write("recipe.yaml", source.text)
+            run.write("env.json", _json({**_environment(source, overrides), "choices": dict(choices or {})}))
+            run.write("resolved.yaml", recipe.as_yaml())
+        except OSError as error:
+            raise InputError(f"{str(run.path)!r} can not be written: {error.strerror}") from error
         return run
 
     @classmethod

@@ -22,6 +22,7 @@ from fahooks.training.resolution import resolve
 from fahooks.training.run_directory import BARELY_BEGUN, RunDirectory, held
 from fahooks.training.sameness import FREE, check_same
 from fahooks.training.setup import Setup, prepare
+from fahooks.training.stopping import Stop
 from fahooks.training.streams import SharedStreams, data_key
 
 
@@ -168,12 +169,15 @@ def _train(run: Wanted, streams: SharedStreams, console: Console, number: str) -
             setup = prepare(recipe, streams.open(recipe))
         directory = seen(run.path if resumed else told(lambda: _created(run, setup).path))
         try:
-            result = train(setup, directory, resume=resumed)
+            with Stop() as stop:
+                result = train(setup, directory, resume=resumed, stop=stop)
         except Diverged as error:
             distributed.outlive()
             _print(console, f"{name}: {error}")
             return f"{name}: {error}"
         _print(console, final_line(setup.recipe, result, directory))
+    if distributed.any_rank(stop.requested):  # when the run was as good as over
+        raise KeyboardInterrupt
     return ""
 
 
@@ -183,7 +187,11 @@ def _taken(run: Wanted) -> Iterator[bool]:
     if distributed.rank() != 0:
         yield told(lambda: False)
         return
-    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.run.lock.open("a").close()
+    except OSError as error:
+        raise InputError(f"{str(run.path)!r} is not writable: {error.strerror}") from error
     with held(run.run.lock) as mine:
         yield told(lambda: mine and not run.finished)
 

@@ -120,7 +120,8 @@ def prepare(recipe: Recipe, streams: Streams | None = None) -> Setup:
     torch.manual_seed(recipe.seed)
     model, plain, report = _converted(recipe, dataset, device)
     autocast = devices.autocast(recipe.train.precision, device)
-    try_on(model, recipe.model.name, next(iter(train)), dataset.classes, autocast)
+    first = next(iter(train)).split(recipe.train.accumulate, train.view.world)[0]
+    try_on(model, recipe.model.name, first, dataset.classes, autocast)
     try_smallest_pass(model, recipe, train, autocast)
     wrapped = distributed.wrap(model, recipe.train.distributed, device)
     optimizer = make_optimizer(model, recipe.optim, scaled=recipe.train.precision == "fp16")

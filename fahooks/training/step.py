@@ -28,14 +28,13 @@ def take_step(setup: Setup, batch: Batch) -> tuple[Tensor, Tensor]:
     losses = torch.zeros((), device=setup.device)
     wrong = torch.zeros((), dtype=torch.int64, device=setup.device)
     count = counted(setup, batch)
-    # No share of a rank is smaller, and every rank must take as many passes as the others.
-    passes = max(1, min(config.accumulate, batch.count // setup.train.view.world))
+    passes = batch.split(config.accumulate, setup.train.view.world)
 
     setup.optimizer.zero_grad()
-    parts = zip(batch.images.tensor_split(passes), known(batch).tensor_split(passes), strict=True)
-    for number, (images, labels) in enumerate(parts, 1):
-        with reducing(setup.wrapped, last=number == passes):
-            loss, summed, logits = loss_of(setup, setup.forward, images, labels, count=count)
+    for number, part in enumerate(passes, 1):
+        labels = known(part)
+        with reducing(setup.wrapped, last=number == len(passes)):
+            loss, summed, logits = loss_of(setup, setup.forward, part.images, labels, count=count)
             loss.backward()
         losses += summed.detach()
         wrong += mistakes(logits, labels)

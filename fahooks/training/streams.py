@@ -99,7 +99,8 @@ class SharedStreams:
         """As `load_dataset`."""
         key = data_key(recipe)
         if self._dataset is None or self._dataset[0] != key:
-            self._dataset = self._streams = None  # before the others take memory
+            self.close()  # before the others take memory
+            self._dataset = None
             with distributed.rank_0_first():
                 self._dataset = key, load_dataset(recipe)
         return self._dataset[1]

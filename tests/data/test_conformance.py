@@ -201,6 +201,23 @@ class SkipsBatches(Plain):
         return share.only(share.valid.all()), pixels
 
 
+class BlackBatches(Plain):
+    """With a file that is skipped all images of its batch are black, and said to be valid."""
+
+    def framed(self, share: Share, images: Sequence[Tensor | None], epoch: int) -> tuple[Share, Tensor]:
+        share, pixels = super().framed(share, images, epoch)
+        return share, pixels * share.valid.all()
+
+
+class Garbage(Plain):
+    """What is skipped is not black."""
+
+    def framed(self, share: Share, images: Sequence[Tensor | None], epoch: int) -> tuple[Share, Tensor]:
+        share, pixels = super().framed(share, images, epoch)
+        pixels[~share.valid] = 7
+        return share, pixels
+
+
 class CountsOwn(Plain):
     """The count of a global batch is without what this rank skipped."""
 
@@ -282,6 +299,8 @@ BROKEN = [
     (conformance.a_corrupt_file_is_skipped, LeavesOut, "changes which examples come"),
     (conformance.a_corrupt_file_is_skipped, SkipsBatches, "exactly the file that is damaged"),
     (conformance.a_corrupt_file_is_skipped, CountsOwn, "changes the count of a batch"),
+    (conformance.a_corrupt_file_is_skipped, BlackBatches, "or changes others"),
+    (conformance.a_corrupt_file_is_skipped, Garbage, "is not black"),
     (conformance.goes_on_where_it_stopped, FromTheStart, "batches came, where"),
     (conformance.goes_on_where_it_stopped, ByReading, "has another index"),
     (conformance.closes_twice, LeaksThreads, "leaves a thread"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +52,13 @@ def test_any_image_gets_the_channels_asked_for(tmp_path: Path, mode: str, name: 
         path = saved(tmp_path / name, mode=mode)
     image = decode(path, channels)
     assert (image.shape, image.dtype) == ((channels, 20, 30), torch.uint8)
+
+
+def test_the_advice_is_given_once_also_by_another_process(tmp_path: Path):
+    error = CorruptFile("a.png can not be decoded")
+    for again in (pickle.loads(pickle.dumps(error)), type(error)(*error.args)):
+        assert (str(again), again.what) == (str(error), "a.png can not be decoded")
+    assert str(error) == "a.png can not be decoded, or leave such files out with data.corrupt=skip"
 
 
 def test_cmyk_jpegs_of_imagenet_are_read(tmp_path: Path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,16 @@ def test_a_stream_is_a_context_manager():
     with Noted(EXAMPLES, VIEW) as stream:
         assert len(stream) == 3
     stream.close()
+
+
+@pytest.mark.parametrize(
+    ("count", "parts", "world", "sizes"),
+    [(10, 1, 1, [10]), (10, 3, 1, [4, 3, 3]), (10, 3, 4, [5, 5]), (2, 8, 1, [1, 1]), (0, 2, 1, [0])],
+)
+def test_a_batch_in_parts_is_the_batch(count: int, parts: int, world: int, sizes: list[int]):
+    (batch,) = Noted(Examples("x", IMAGES, torch.arange(10)), replace(VIEW, batch_size=10))
+    batch = replace(batch, **{k: getattr(batch, k)[:count] for k in ("images", "labels", "index", "valid")}, count=count)
+    cut = batch.split(parts, world)
+    assert [len(part.labels) for part in cut] == sizes and {part.count for part in cut} == {count}
+    for name in ("images", "labels", "index", "valid"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in cut]), getattr(batch, name))

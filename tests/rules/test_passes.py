@@ -394,10 +394,20 @@ def test_a_choice_that_the_loss_does_not_use_is_told_before_the_second_step(rule
     with fahooks.targets(net, torch.zeros(6, dtype=torch.int64)):
         net(x)["aux"].sum().backward()
         assert net.body.weight.grad is None
-        with pytest.raises(
-            InputError, match=f"^{rule}: its layers learn nothing, since .* output='main' of the model, but 'aux'"
-        ):
+        with pytest.warns(UserWarning, match=f"^{rule}: its layers learn nothing so far: .* output='main' .*, but 'aux'"):
+            net(x)["aux"].sum().backward()
+        net(x)  # once is enough: warnings are errors here
+
+
+def test_a_pass_without_gradients_tells_nothing_of_a_choice() -> None:
+    net, x = TwoHeads(), torch.randn(6, 4)
+    fahooks.convert(net, "dfa", output="main")
+    for _ in range(3):
+        output = net(x)
+        with torch.no_grad():
             net(x)
+        output["main"].sum().backward()
+    assert net.body.weight.grad is not None
 
 
 def test_a_choice_that_any_loss_uses_will_do() -> None:

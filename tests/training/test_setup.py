@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from fahooks.data import Stream
 from fahooks.data.memory import MemoryStream
@@ -93,3 +94,15 @@ def test_the_model_is_made_for_the_images_as_it_sees_them(tiny: Tiny):
     centre = stored(setup.validation)[:, :, 1:7, 1:7].float()
     evaluated = torch.cat([batch.images for batch in setup.validation])
     assert torch.equal(evaluated, (centre - setup.validation.mean) / setup.validation.std)
+
+
+def test_a_model_is_tried_on_no_more_images_than_a_pass_has(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
+    """Else a batch that has no room in memory as a whole could not be trained in several passes."""
+    seen: list[int] = []
+    original = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: (seen.append(len(x)), original(self, x))[1])
+    prepare(tiny("train.accumulate=4", "feedback=[{rule: bp}]"))
+    assert set(seen) == {8}
+    seen.clear()
+    prepare(tiny("feedback=[{rule: bp}]"))
+    assert set(seen) == {32}
