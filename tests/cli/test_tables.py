@@ -30,6 +30,7 @@ def test_rows_into_a_pipe_are_lines_of_cells(capsys: pytest.CaptureFixture[str])
 
 
 def test_rows_on_a_terminal_fold(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tables, "on_terminal", lambda: True)
     monkeypatch.setattr(tables, "Console", partial(Console, force_terminal=True, width=60, no_color=True))
     print_rows(("name", "summary", "options"), ROWS)
     printed = capsys.readouterr().out

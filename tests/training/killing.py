@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,10 +140,13 @@ def start(folder: Path, dies_at: int | None = None) -> int:
     code = 1
     try:
         sys.stdout = open(os.devnull, "w")
+        torch.set_num_threads(1)  # makes torch's pool anew, which is lost by a fork, and which two threads at once get wrong
         if dies_at is not None:
             die_inside_a_write(dies_at)
         commands.resume_newest("killed.yaml", out=folder)
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
