@@ -166,10 +166,12 @@ class OwnBatchNorm(nn.BatchNorm2d):
 
 
 def test_batch_norms_are_replaced_by_synchronised_ones_with_the_same_weights_and_activations() -> None:
+    torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), BatchNormAct2d(4), nn.Flatten())
     for tensor in (*layers.parameters(), *layers.buffers()):
         if tensor.is_floating_point():
-            tensor.data.uniform_(-0.5, 0.5).add_(tensor.data.abs().mean())
+            tensor.data.uniform_(0.5, 2)
+    next(layers.parameters()).data.sub_(1.25)
     plain, model = layers.eval(), with_sync_batchnorm(copy.deepcopy(layers))
     assert [type(layer).__name__ for layer in model.children()] == ["Conv2d", "SyncBatchNorm", "SyncBatchNormAct", "Flatten"]
     assert plain.state_dict().keys() == model.state_dict().keys()
