@@ -130,7 +130,7 @@ def probe(model: nn.Module, *, total: Total | None = None) -> Iterator[Probe]:
 
     Arguments:
         model: a plain one, one that DistributedDataParallel wraps (give the one inside), or a sharded one (`fully_shard`), which
-            all processes have to measure at the same time.
+            all processes have to measure at the same time; parameters of the loss outside of that one then gather gradients.
         total: gives the sum of a tensor over processes, each of which then measures its share of one batch at the same time;
             without it each process measures its own batch.
 

@@ -150,6 +150,7 @@ class Passes:
         kept: the passes that ended inside `kept_passes`; None outside of it.
         chosen: the tensors of the model's output that rules take their error from by choice, each with the name of a rule.
         reached: those tensors of the output that an error has reached, until one of them is a chosen one.
+        warned: whether it was said that none of them is.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -43,7 +43,9 @@ def start(name: str, overrides: Sequence[str] = (), out: Path | None = None) -> 
         return resume(before)
     source = find(name)
     setup = prepare(load_fitting(source, overrides))
-    run = seen(told(lambda: RunDirectory.create(setup.recipe, source, out=out, overrides=overrides, choices=setup.choices).path))
+    run = run_at(
+        told(lambda: RunDirectory.create(setup.recipe, source, out=out, overrides=overrides, choices=setup.choices).path)
+    )
     distributed.remember(run.path)
     with run.alone():
         return final_line(setup.recipe, train(setup, run), run)
@@ -59,7 +61,7 @@ def resume(path: Path) -> str:
         Failed: something else went wrong; the message says what.
         KeyboardInterrupt: the user stopped it; the message says how to go on.
     """
-    run, recipe = type(seen(path)).reopen(path)
+    run, recipe = type(run_at(path)).reopen(path)
     if run.finished:
         return _finished_line(recipe, run)
     distributed.remember(run.path)
@@ -88,11 +90,10 @@ def resume_newest(name: str, overrides: Sequence[str] = (), out: Path | None = N
     run = told(lambda: RunDirectory.newest(asked.name, asked.seed) if out is None else RunDirectory(out))
     if run is None or not told(lambda run=run: run.begun):
         return start(name, overrides, out)
-    run = seen(run.path)
+    run = run_at(run.path)
     distributed.remember(run.path)
     with run.alone():
-        with distributed.rank_0_first():
-            dataset = load_dataset(asked)
+        dataset = load_dataset(asked)
         recipe = resolve(run.as_begun(asked), dataset)
         check_same(run.made_from, recipe.model_dump(mode="json"), f"the run in {str(run.path)!r} was begun")
         if run.finished:
@@ -139,7 +140,7 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
     return folder
 
 
-def seen(path: Path) -> RunDirectory:
+def run_at(path: Path) -> RunDirectory:
     """The run directory at `path`, which rank 0 alone writes to."""
     return RunDirectory(path) if distributed.rank() == 0 else Following(path)
 

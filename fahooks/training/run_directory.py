@@ -27,6 +27,7 @@ import torch
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, Source, load, read_file, read_plain
 from fahooks.report.liveness import this_process
+from fahooks.training.resolution import with_data
 
 LOSSES = ["train_loss", "train_error", "validation_loss", "validation_error", "test_error"]
 RUNS = Path("runs")
@@ -136,7 +137,7 @@ class RunDirectory:
         data = self.made_from.get("data")
         if asked.data.loader != "auto" or not isinstance(data, dict) or "loader" not in data:
             return asked
-        return asked.model_copy(update={"data": asked.data.model_copy(update={"loader": str(data["loader"])})})
+        return with_data(asked, loader=str(data["loader"]))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -145,10 +146,6 @@ class RunDirectory:
         Raises:
             InputError: another process trains in it, or it can not be written.
         """
-        try:
-            self.lock.open("a").close()
-        except OSError as error:
-            raise InputError(f"{str(self.path)!r} is not writable: {error.strerror}") from error
         with held(self.lock) as mine:
             if not mine:
                 raise InputError(f"another process is training in {str(self.path)!r}: wait for it, or stop it")
@@ -284,9 +281,17 @@ def write(path: Path, content: Callable[[BinaryIO], Any]) -> None:
 def held(lock: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold the file `lock` during the block; False if another process has it, which `wait` waits for.
 
-    It is let go when the block, or the process, ends in whatever way; the file stays.
+    It is let go when the block, or the process, ends in whatever way; the file and its folder stay.
+
+    Raises:
+        InputError: the folder can not be made, or written to.
     """
-    with lock.open("a") as file:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        opened = lock.open("a")
+    except OSError as error:
+        raise InputError(f"{str(lock.parent)!r} is not writable: {error.strerror}") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             mine = True

@@ -14,7 +14,7 @@ from fahooks.data import Dataset
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, RecipeError, Source, load
 from fahooks.training import distributed
-from fahooks.training.commands import final_line, seen
+from fahooks.training.commands import final_line, run_at
 from fahooks.training.distributed import told
 from fahooks.training.failures import recorded
 from fahooks.training.loop import Diverged, train
@@ -165,9 +165,9 @@ def _train(run: Wanted, streams: SharedStreams, console: Console, number: str) -
         resumed = told(lambda: run.begun)
         _print(console, f"{number}: {name}: {'goes on' if resumed else 'begins'}")
         recipe = run.run.as_begun(run.recipe)
-        with recorded(seen(run.path)) if resumed else nullcontext():
+        with recorded(run_at(run.path)) if resumed else nullcontext():
             setup = prepare(recipe, streams.open(recipe))
-        directory = seen(run.path if resumed else told(lambda: _created(run, setup).path))
+        directory = run_at(run.path if resumed else told(lambda: _created(run, setup).path))
         try:
             with Stop() as stop:
                 result = train(setup, directory, resume=resumed, stop=stop)
@@ -187,11 +187,6 @@ def _taken(run: Wanted) -> Iterator[bool]:
     if distributed.rank() != 0:
         yield told(lambda: False)
         return
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.run.lock.open("a").close()
-    except OSError as error:
-        raise InputError(f"{str(run.path)!r} is not writable: {error.strerror}") from error
     with held(run.run.lock) as mine:
         yield told(lambda: mine and not run.finished)
 

@@ -65,8 +65,7 @@ def open_streams(
         Failed: there is no memory left for them.
     """
     if dataset is None:
-        with distributed.rank_0_first():
-            dataset = load_dataset(recipe)
+        dataset = load_dataset(recipe)
     choices = {}
     if recipe.data.loader == "auto":
         name, reason = choose_for(recipe, dataset)
@@ -101,8 +100,7 @@ class SharedStreams:
         if self._dataset is None or self._dataset[0] != key:
             self.close()  # before the others take memory
             self._dataset = None
-            with distributed.rank_0_first():
-                self._dataset = key, load_dataset(recipe)
+            self._dataset = key, load_dataset(recipe)
         return self._dataset[1]
 
     def open(self, recipe: Recipe) -> Streams:
@@ -131,14 +129,15 @@ def data_key(recipe: Recipe) -> str:
 
 @worded()
 def load_dataset(recipe: Recipe) -> Dataset:
-    """What `recipe` trains on.
+    """What `recipe` trains on. Of several processes rank 0 loads it before the others do: it may have to be downloaded.
 
     Raises:
         InputError: the files are neither there nor to be had.
         Failed: there is no memory left for them.
     """
     data = recipe.data
-    return load(data.dataset, root=data.root, download=data.download, **data.dataset_options)
+    with distributed.rank_0_first():
+        return load(data.dataset, root=data.root, download=data.download, **data.dataset_options)
 
 
 def divide(recipe: Recipe, dataset: Dataset) -> Split:

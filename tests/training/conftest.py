@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fahooks.data import Stream
+from fahooks.data.memory import MemoryStream
 from fahooks.recipe import Recipe, Source, load
 from fahooks.training.loop import Result, train
 from fahooks.training.run_directory import RunDirectory
@@ -25,6 +27,12 @@ probes: {every: 4}
 seed: 0
 """
 SOURCE = Source("tiny.yaml", TINY)
+
+
+def stored(stream: Stream) -> torch.Tensor:
+    """The pixels that the memory loader holds."""
+    assert isinstance(stream, MemoryStream)
+    return stream.pixels
 
 
 @pytest.fixture(autouse=True)

@@ -6,21 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from fahooks.data import Stream
-from fahooks.data.memory import MemoryStream
 from fahooks.hooks import Alignment, FreezeSigns
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe
 from fahooks.surgery import feedback_layers
 from fahooks.training.setup import prepare
 
+from .conftest import stored
+
 Tiny = Callable[..., Recipe]
-
-
-def stored(stream: Stream) -> torch.Tensor:
-    """The pixels that the memory loader holds."""
-    assert isinstance(stream, MemoryStream)
-    return stream.pixels
 
 
 def test_everything_of_a_run_is_made(tiny: Tiny):

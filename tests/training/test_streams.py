@@ -7,22 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from fahooks.data import Stream
 from fahooks.data.decoding import CorruptFileWarning
-from fahooks.data.memory import MemoryLoader, MemoryStream
+from fahooks.data.memory import MemoryLoader
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, Source, load
 from fahooks.training import streams as opening
 from fahooks.training.setup import prepare
 from fahooks.training.streams import SharedStreams
 
+from .conftest import stored
+
 Tiny = Callable[..., Recipe]
-
-
-def stored(stream: Stream) -> torch.Tensor:
-    """The pixels that the memory loader holds."""
-    assert isinstance(stream, MemoryStream)
-    return stream.pixels
 
 
 def test_images_are_normalised_by_those_that_are_trained_on(tiny: Tiny):
