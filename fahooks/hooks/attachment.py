@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -53,7 +53,7 @@ class Attachment:
         self.hooks = list(hooks)
         self.rules = dict(rules)
         self._optimizer = optimizer
-        self._skipped = False
+        self._withheld: list[tuple[Tensor, Tensor]] | None = None
         self._attach_rules()
         self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         _attached.update(dict.fromkeys(self._parts(), ref(self)))
@@ -114,9 +114,10 @@ class Attachment:
         return [*(hook for hook, _ in self.hooks), *(rule for rule, _ in self.rules.values())]
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        # A fused optimizer is stepped also where its GradScaler found an infinite gradient: the kernel then leaves weights alone.
-        self._skipped = bool(getattr(optimizer, "found_inf", None))
-        if self._skipped:
+        # A fused optimizer is stepped also where its GradScaler found an infinite gradient. Its kernel would leave weights alone,
+        # and yet momentum begin there, as memory that was never written, and not for the B of kp, which has no gradient.
+        if getattr(optimizer, "found_inf", None):
+            self._withheld = list(_take_gradients(optimizer))
             return None
         _unscale(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -142,7 +143,10 @@ class Attachment:
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        if self._skipped:
+        if self._withheld is not None:
+            for parameter, gradient in self._withheld:
+                parameter.grad = gradient
+            self._withheld = None
             return
         self._count(self.steps + 1)
         for hook, weights in self.hooks:
@@ -352,6 +356,15 @@ def _reason_left(site: Site, updated: set[int]) -> str | None:
 def _parameter(site: Site) -> nn.Parameter:
     parameter: Any = site.module._parameters[site.attribute]
     return parameter
+
+
+def _take_gradients(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Take every gradient away, and tell whose it was: without any, no optimizer does anything."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                yield parameter, parameter.grad
+                parameter.grad = None
 
 
 @torch.no_grad()

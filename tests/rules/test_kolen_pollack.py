@@ -153,6 +153,29 @@ def test_with_a_scaler_b_moves_as_without_one_and_a_skipped_step_leaves_it(fused
     torch.testing.assert_close(scaled.state_dict(), plain.state_dict(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rule", ["kp", "fa"])
+def test_momentum_begins_after_the_first_step_that_a_scaler_does_not_skip(rule: str):
+    """A fused SGD would begin it in the skipped one, for the weights alone, with what happens to be in memory."""
+
+    def trained(skipped: int) -> dict[str, Tensor]:
+        model = net()
+        fahooks.convert(model, rule)
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.02, fused=True)
+        fahooks.attach(model, optimizer, fahooks.ConstantNorm(time_constant=5))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        x, y = data()
+        for batch in [torch.full_like(x, torch.inf)] * skipped + [x, x, x]:
+            optimizer.zero_grad()
+            scaler.scale(((model(batch) - y) ** 2).mean()).backward()
+            scaler.step(optimizer)
+            assert all(p.grad is not None for p in model.parameters()), "gradients stay with whom they are"
+            assert bool(optimizer.state) == bool(batch.isfinite().all())
+            scaler.update()
+        return model.state_dict()
+
+    torch.testing.assert_close(trained(skipped=2), trained(skipped=0), rtol=1e-6, atol=1e-7)
+
+
 def test_a_resumed_training_ends_with_the_same_bits():
     def made() -> tuple[nn.Sequential, Optimizer, Any]:
         model = net()
