@@ -207,6 +207,25 @@ def test_averaged_copies(average: Callable[[nn.Module], Any], rule: str) -> None
         torch.testing.assert_close(averages[1].module[3].feedback.matrix, found[3].feedback.matrix)
 
 
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("rule", ["dfa", "dense_fa"])
+def test_an_average_begins_before_direct_rules_have_drawn(rule: str, use_buffers: bool) -> None:
+    model = converted(network(), rule)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=use_buffers)
+    drawn: list[int] = []
+    for _ in range(2):
+        average.update_parameters(model)
+        model(images()).square().sum().backward()
+        drawn.append(sum(rule.memory_bytes for rule in feedback_rules(model).values()))
+    average.update_parameters(model)
+    assert drawn[0] == drawn[1] > sum(rule.memory_bytes for rule in feedback_rules(average.module).values())
+    fresh = converted(network(), rule)
+    for copied in (average.module, fresh):
+        copied(images()).square().sum().backward()
+    gradients = [{n: p.grad for n, p in copied.named_parameters()} for copied in (average.module, fresh)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
 def test_one_weight_in_three_modules(learn: Learn) -> None:
     class Three(nn.Module):
         def __init__(self) -> None:

@@ -89,6 +89,11 @@ class Rule(nn.Module):
             cls.factors = None  # those of a base do not make the B of the new forward
 
     @property
+    def memory_bytes(self) -> int:
+        """What its state takes now."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
     def hooked(self) -> bool:
         """Whether it has hooks, which are to see W and B."""
         return bool(self._forward_hooks or self._forward_pre_hooks)

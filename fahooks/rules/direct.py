@@ -33,6 +33,12 @@ class RandomDirectRule(WholeModelRule):
         self.options: dict[str, Any] = {"feedback": feedback, "init": init, "distribution": distribution, "gain": gain}
         self.grows = feedback != "seeded"
 
+    @property
+    def memory_bytes(self) -> int:
+        """What its state takes now, the matrices that were drawn with it."""
+        drawn = (module.values for module in self.modules() if isinstance(module, DirectMatrix))
+        return super().memory_bytes + sum(values.nbytes for values in drawn if values is not None)
+
     def extra_repr(self) -> str:
         """The options."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

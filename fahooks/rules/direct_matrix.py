@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,9 @@ class DirectMatrix(nn.Module):
         InputError: an unknown choice, or a gain that is not positive.
     """
 
-    values: Tensor | None
+    values: Tensor | None = None
+    """B, where it is kept, once it was drawn. In the state_dict, and yet no buffer: classes that average models pair those of two
+    copies, of which one may not have drawn."""
 
     def __init__(self, seed: int, *, feedback: str, init: str, distribution: str, gain: float) -> None:
         super().__init__()
@@ -50,7 +52,6 @@ class DirectMatrix(nn.Module):
         self.distribution = distribution
         self.gain = gain
         self.sizes: tuple[int, int] | None = None
-        self.register_buffer("values", None)
 
     def forward(self, error: Tensor, shape: torch.Size, *, channels_last: bool = False) -> Tensor:
         """B e for a batch, cast to the dtype of e.
@@ -133,12 +134,27 @@ class DirectMatrix(nn.Module):
             seed = (self.seed + start) % 2**63
             yield start, stop, random_matrix((stop - start, columns), device, self.distribution, spread, seed)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.values is not None:
+            self.values = fn(self.values)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.values is not None:
+            destination[f"{prefix}values"] = self.values
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # The one in the checkpoint may have been drawn when this one is not yet, and the other way round.
-        found = state_dict.get(f"{prefix}values")
-        if found is not None:
-            self.values = torch.empty_like(found) if self.values is None else self.values
-            super()._load_from_state_dict(state_dict, prefix, *rest)
+        found, errors = state_dict.get(f"{prefix}values"), rest[-1]
+        if found is None:
+            return
+        if self.values is None:
+            self.values = found.detach().clone()
+        elif found.shape == self.values.shape:
+            self.values.copy_(found)
+        else:
+            sizes = f"{tuple(found.shape)} in the checkpoint, {tuple(self.values.shape)} here"
+            errors.append(f"size mismatch for {prefix}values: {sizes}")
 
 
 @dataclass(frozen=True)

@@ -215,8 +215,7 @@ DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 def _layer_report(site: Site, rule: Rule | None, reason: str | None) -> LayerReport:
     weight = site.weight() if site.attribute else None
     shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
-    memory = sum(b.numel() * b.element_size() for b in rule.buffers()) if rule is not None else 0
-    label, grows = (rule.label, rule.grows) if rule is not None else ("", False)
+    label, memory, grows = (rule.label, rule.memory_bytes, rule.grows) if rule is not None else ("", 0, False)
     return LayerReport(site.name, site.plain_type.__name__, shape, label, memory, reason, grows)
 
 
