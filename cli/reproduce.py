@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -29,27 +30,34 @@ def reproduce(
 
     A cell is a shipped recipe (`fahooks ls recipes`), its runs lie in OUT/RECIPE/seed-N. Finished ones are taken as they are,
     interrupted ones go on. Then everything that is finished in OUT is printed as a table, and written to OUT/table1.csv and
-    OUT/table1.md. Several processes may fill one OUT.
+    OUT/table1.md. Several processes may fill one OUT; those that torchrun started train each run together.
     """
-    from fahooks.report import table1
-    from fahooks.training import reproduction
+    from fahooks.training import distributed, reproduction
 
     if table not in TABLES:
         raise InputError(f"{table!r} can not be reproduced{near(table, TABLES)}; there is {', '.join(TABLES)}")
     out = out or reproduction.OUT
-    with stoppable():
+    with stoppable(), distributed.joined():
         diverged = reproduction.reproduce(_names(columns), _names(rows), numbers(seeds), overrides, out)
-        cells = reproduction.write_table(out)
-    if cells:
-        print_result(table1.table(cells))
-        click.echo(f"\n{table1.CAPTION}")
-        for line in table1.changes(cells):
-            click.echo(line)
-        for path in table1.unfinished(out):
-            click.echo(f"not in the table: {path}")
-        click.echo(f"written: {out / 'table1.csv'}, {out / 'table1.md'}")
-    if diverged:
-        raise InputError("\n".join(diverged))
+        distributed.told(partial(_report, out))  # the others wait for it: torchrun ends all processes when the first one fails
+        if diverged:
+            raise InputError("\n".join(diverged))
+
+
+def _report(out: Path) -> None:
+    from fahooks.report import table1
+    from fahooks.training import reproduction
+
+    cells = reproduction.write_table(out)
+    if not cells:
+        return
+    print_result(table1.table(cells))
+    click.echo(f"\n{table1.CAPTION}")
+    for line in table1.changes(cells):
+        click.echo(line)
+    for path in table1.unfinished(out):
+        click.echo(f"not in the table: {path}")
+    click.echo(f"written: {out / 'table1.csv'}, {out / 'table1.md'}")
 
 
 def _names(text: str | None) -> list[str]:

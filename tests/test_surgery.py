@@ -164,6 +164,18 @@ def test_gradients_of_a_layer_equal_the_oracle(learn: Learn, make: Make, shape: 
     assert_oracle(learn, plain, converted, torch.randn(shape).double())
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "a layer in a layer"])
+def test_gradients_of_a_layer_whose_b_is_drawn_anew_equal_the_oracle(learn: Learn, name: str) -> None:
+    """Of rules that begin at the same draw; a layer that is called twice would ask for the two in another order."""
+    make, shape = LAYERS[name]
+    plain, converted = pair(make, "brsf")
+    rules, x = copy.deepcopy(feedback_rules(converted)), torch.randn(shape).double()
+    surrogate = copy.deepcopy(plain)
+    expected = learn(surrogate, x, around=lambda: oracle(surrogate, rules))
+    learn(converted, x).assert_oracle(expected, learn(plain, x))
+    assert learn(converted, x).distance(expected) > 0.01, "control: the next draw is another"
+
+
 @each_changing_rule
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_of_a_network_equal_the_oracle(learn: Learn, rule: str, training: bool) -> None:

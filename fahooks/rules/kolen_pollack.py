@@ -64,7 +64,7 @@ class KolenPollack(LearningRule, FeedbackAlignment):
             self.updated.copy_(sharded_like(self.matrix, weight))  # a checkpoint may have been loaded
         elif self.matrix is not self.updated:
             raise InputError(f"{self.label}: the B of {self.name!r} was moved or replaced after fahooks.attach: attach again")
-        # A copy: a fused optimizer undoes loss scaling in the gradients themselves, in each of them once.
+        # A copy: some optimizers write to the gradients, such as SGD with foreach and Nesterov momentum, and would do so twice.
         self.updated.grad = None if weight.grad is None else weight.grad.detach().clone()
 
     def after_step(self, weight: nn.Parameter) -> None:

@@ -219,11 +219,15 @@ def linears(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     return nn.Linear(4, 3, bias=draw(st.booleans())).double(), torch.randn(*shape, 4).double()
 
 
+def with_output(layer: nn.Module, x: Tensor, samples: int) -> nn.Sequential:
+    """The layer, with a linear one behind it as the network's last."""
+    start = 0 if samples == 1 and x.dim() < 2 or _unbatched(layer, x) else 1
+    return nn.Sequential(layer, nn.Tanh(), nn.Flatten(start), nn.Linear(layer(x).numel() // samples, 3).double())
+
+
 def assert_direct(layer: nn.Module, x: Tensor, samples: int, **options: Any) -> None:
     """x gets B e, and the layer's parameters what autograd makes of the error that its output gets from the next B."""
-    last = nn.Linear(layer(x).numel() // samples, 3).double()
-    tail = nn.Sequential(nn.Tanh(), nn.Flatten(0 if samples == 1 and x.dim() < 2 or _unbatched(layer, x) else 1), last)
-    model = nn.Sequential(layer, *tail)
+    model = with_output(layer, x, samples)
     plain = copy.deepcopy(model)
     fahooks.convert(model, "dfa", **options)
     found = gradients(model, x, squares)
@@ -1148,6 +1152,44 @@ def test_dense_fa_of_layers_that_read_one_input_and_of_a_layer_called_twice() ->
         e = 2 * layer(h)
         expected = (e @ rule.matrix * (1 - h**2)) @ rule.matrix + e @ rule.residual["0"].values.double().t()
     torch.testing.assert_close(found["input"], expected)
+
+
+def assert_dense(layer: nn.Module, x: Tensor, samples: int) -> None:
+    """x gets B^T delta of its own layer and R e of the last one, and the layer's parameters what autograd makes of delta."""
+    model = with_output(layer, x, samples)
+    plain, fed = copy.deepcopy(model), copy.deepcopy(layer)
+    fahooks.convert(model, "dense_fa")
+    found = gradients(model, x, squares)
+    rules: Any = feedback_rules(model)
+    fed.get_parameter("weight").data.copy_(rules["0"].matrix)
+
+    u = plain[0](x)
+    e = 2 * plain[1:](u).detach().view(samples, 3)
+    delta = (e @ rules["3"].matrix).view_as(u) * (1 - u.detach().tanh() ** 2)
+    names = dict(plain[0].named_parameters(prefix="0"))
+    expected = dict(zip(names, torch.autograd.grad(u, list(names.values()), delta), strict=True))
+    below = x.clone().requires_grad_()
+    sent = e @ rules["0"].residual["3"].values.double().t()
+    if isinstance(layer, nn.Linear):  # units are numbered channel by channel
+        sent = sent.view(samples, x.shape[-1], -1).transpose(1, 2)
+    expected["input"] = torch.autograd.grad(fed(below), below, delta)[0] + sent.reshape(x.shape)
+    torch.testing.assert_close({name: found[name] for name in expected}, expected)
+    assert distance(found, gradients(plain, x, squares)) > 1e-3, "control: it is backpropagation"
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@settings(max_examples=40)
+@given(convolutions())
+def test_dense_fa_of_any_convolution(drawn: tuple[nn.Module, Tensor]) -> None:
+    layer, x = drawn
+    assert_dense(layer, x, 1 if _unbatched(layer, x) else len(x))
+
+
+@settings(max_examples=20)
+@given(linears())
+def test_dense_fa_of_a_linear_layer_of_any_rank(drawn: tuple[nn.Module, Tensor]) -> None:
+    layer, x = drawn
+    assert_dense(layer, x, 1 if x.dim() == 1 else len(x))
 
 
 # State

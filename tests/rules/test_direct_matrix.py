@@ -67,7 +67,8 @@ def test_seeded_is_dense_to_the_last_bit_and_keeps_nothing(rows_at_once: int | N
     assert torch.equal(whole(seeded, 3, 5, 4), whole(dense, 3, 5, 4))
     torch.testing.assert_close(seeded(torch.ones(2, 4, 1).double(), SHAPE), dense(torch.ones(2, 4, 1).double(), SHAPE))
     several = rows_at_once is not None and rows_at_once < 15
-    assert torch.equal(whole(dense, 3, 5, 4), in_one) is not several, "control: each slice has a seed of its own"
+    assert torch.equal(whole(dense, 3, 5, 4), in_one) is not several, "control: it is drawn in slices"
+    assert len(whole(dense, 3, 5, 4).unique(dim=0)) == 15, "each slice has a seed of its own"
     assert seeded.values is None
     assert not seeded.state_dict()
     assert list(dense.state_dict()) == ["values"]

@@ -76,6 +76,27 @@ def test_the_angle_falls_below_ten_degrees(make: Callable[[Any], Optimizer]):
     assert all(degrees(w, b) < 10 for w, b in pairs(model))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: SGD(p, lr=0.1),
+        lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
+        lambda p: Adagrad(p, lr=0.1, foreach=True),
+    ],
+    ids=["plain", "nesterov", "adagrad"],
+)
+def test_the_weight_moves_as_beside_a_fixed_matrix(make: Callable[[Any], Optimizer]):
+    """Also by optimizers that write to the gradients."""
+    learning, fixed = net(), net()
+    for model, rule in ((learning, "kp"), (fixed, "fa")):
+        fahooks.convert(model, rule)
+        optimizer = make(model.parameters())
+        fahooks.attach(model, optimizer)
+        train(model, optimizer, 1)
+    torch.testing.assert_close([*learning.parameters()], [*fixed.parameters()], rtol=1e-12, atol=1e-12)
+    assert all((b - old).norm() > 1e-4 for (_, b), (_, old) in zip(pairs(learning), pairs(fixed), strict=True)), "control"
+
+
 def test_without_weight_decay_they_stay_apart():
     model = net()
     fahooks.convert(model, "kp")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,29 @@ def test_noise_has_mean_zero_and_the_variance_of_the_signal():
         assert abs(noise.var().item() / variance - 1) < 5 * (2 / count) ** 0.5
         assert 43 < degrees(noisy["input"], true["input"]) < 47
         assert all(torch.equal(noisy[name], true[name]) for name in true if name != "input"), "the layer's own gradients are true"
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Linear(5, 4), (5,)),
+        (lambda: nn.Linear(5, 4, bias=False), (2, 3, 2, 5)),
+        (lambda: nn.Conv1d(4, 6, 3, padding="same", dilation=2), (2, 4, 9)),
+        (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (4, 7, 7)),
+        (lambda: nn.ConvTranspose3d(2, 4, 2, stride=2, groups=2), (1, 2, 2, 3, 2)),
+    ],
+)
+def test_of_any_layer_the_error_is_the_true_one_and_the_noise(make: Callable[[], nn.Module], shape: tuple[int, ...]):
+    torch.manual_seed(0)
+    layer, x = make().double(), torch.randn(shape).double()
+    true = gradients(layer, x)
+    fahooks.convert(layer, "bp_noise", scale=0.5)
+    torch.manual_seed(3)
+    noisy = gradients(layer, x)
+    torch.manual_seed(3)
+    noise = 0.5 * true["input"].std(correction=0) * torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(noisy, true | {"input": true["input"] + noise})
+    assert noise.norm() > 0.1 * true["input"].norm(), "control: there is noise"
 
 
 def test_scale_is_a_factor_on_the_deviation():

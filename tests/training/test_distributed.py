@@ -327,10 +327,12 @@ with distributed.joined():
     except Exception as error:
         if distributed.rank() == 0:
             print("ended with:", error)
+    digits = [f"--set={option}" for option in ("data.dataset=digits", "data.validation=20", *options)]
+    main(["reproduce", "table1", "--columns=mnist", "--rows=bp", *digits], standalone_mode=False)
 """
 
 
-def test_a_dry_run_and_a_series_in_two_processes_where_one_run_diverges_and_one_process_dies(tmp_path: Path) -> None:
+def test_a_dry_run_and_series_in_two_processes_where_one_run_diverges_and_one_process_dies(tmp_path: Path) -> None:
     (tmp_path / "series.py").write_text(SERIES)
     command = torchrun(tmp_path / "series.py", restarts=1)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -349,6 +351,8 @@ def test_a_dry_run_and_a_series_in_two_processes_where_one_run_diverges_and_one_
     assert sum(line.endswith("optim.lr=1e-3, seed 0: begins") for line in lines) == 1, "what is finished is not trained again"
     diverged = "quickstart, optim.lr=1.0e+30, seed 0: the loss was nan"
     assert sum(line.startswith(f"ended with: {diverged}") for line in lines) == 1
+    assert "1 of 1: mnist/bp, seed 0: begins" in lines and "another process has it" not in done.stdout, "they train it together"
+    assert lines[-1] == "written: runs/table1/table1.csv, runs/table1/table1.md" and lines.count(lines[-1]) == 1
 
 
 FINISHED = """
