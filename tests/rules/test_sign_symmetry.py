@@ -160,10 +160,23 @@ def test_norms_of_many_weights_keep_their_digits() -> None:
     assert abs(torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(weight.double()) - 1) > 1e-6, "control: in one go"
 
 
-def test_strict_normalization_keeps_the_norm_of_the_weight() -> None:
+def test_strict_normalization_keeps_the_norm_of_the_weight_at_every_step() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).double()
+    fahooks.convert(net, "usf_sn")
+    norms: list[tuple[float, float]] = []
+    for rule in feedback_rules(net).values():
+        rule.register_forward_hook(lambda _, weight, matrix: norms.append((weight[0].norm().item(), matrix.norm().item())))
+    x, optimizer = torch.randn(5, 2, 5, 5).double(), torch.optim.Adam(net.parameters(), lr=0.05)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (net(x.requires_grad_()) - 1).square().sum().backward()
+        optimizer.step()
+    assert len(norms) == 40
+    assert [of_b for _, of_b in norms] == pytest.approx([of_w for of_w, _ in norms], rel=1e-12)
+    assert abs(norms[-1][0] / norms[1][0] - 1) > 0.05, "control: the norm changes"
     weight = torch.randn(7, 5)
-    torch.testing.assert_close(SignSymmetryNormalized()(weight).norm(), weight.norm())
-    assert not torch.isclose(SignSymmetry()(weight).norm(), weight.norm())
+    assert not torch.isclose(SignSymmetry()(weight).norm(), weight.norm()), "control: it is not so of every sign rule"
 
 
 def test_strict_normalization_does_not_overflow_in_half_precision() -> None:
