@@ -52,6 +52,7 @@ def test_the_difference_shrinks_by_weight_decay_alone():
     for (w, b), difference, start in zip(pairs(model), before, moved, strict=True):
         torch.testing.assert_close(w - b, difference * (1 - 0.1 * 0.02) ** 25, rtol=1e-10, atol=1e-12)
         assert (w - start).norm() > 1e-3 * start.norm(), "control: the weights move"
+        assert b.grad is None, "only during a step has B a gradient"
 
 
 @pytest.mark.parametrize(
