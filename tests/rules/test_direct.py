@@ -1281,6 +1281,7 @@ def test_the_matrices_follow_the_dtype_of_the_error() -> None:
     expected = gradients(net, images())
     found = gradients(net.float(), images().float())
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    assert {value.dtype for value in net.state_dict().values()} == {torch.float32}
     torch.testing.assert_close(found, {name: gradient.float() for name, gradient in expected.items()}, rtol=1e-4, atol=1e-6)
 
 
