@@ -56,5 +56,5 @@ def shares(order: Tensor, batch_size: int, *, rank: int, world: int, equal: bool
     for batch in order.split(batch_size)[start:]:
         own = batch.tensor_split(world)[rank]
         size = -(-len(batch) // world) if equal else max(1, len(own))
-        index = torch.cat([own, batch[:1].expand(size - len(own))])
-        yield Share(index, torch.arange(size) < len(own), len(batch))
+        valid = torch.arange(size) < len(own)
+        yield Share(own if size == len(own) else torch.cat([own, batch[:1].expand(size - len(own))]), valid, len(batch))

@@ -27,7 +27,7 @@ from fahooks.training.failures import recorded
 from fahooks.training.progress import Display
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import Setup
-from fahooks.training.step import counted, known, loss_of, mistakes, take_step
+from fahooks.training.step import Outcome, counted, known, loss_of, right_answers, take_step
 from fahooks.training.stopping import Stop, Stopped
 
 # How many steps apart the loss is looked at: each look makes the host wait for the device.
@@ -244,27 +244,22 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
     every = setup.recipe.probes.every
     if progress.batch == 0:
         progress.lr = setup.optimizer.param_groups[0]["lr"]
-    # Each rank adds up its own, on top of what rank 0 has from before.
-    loss_sum = torch.tensor(progress.loss_sum if rank() == 0 else 0.0, device=setup.device)
-    wrong = torch.tensor(progress.wrong if rank() == 0 else 0, device=setup.device)
-    seen = torch.tensor(progress.seen if rank() == 0 else 0, device=setup.device)
+    outcomes: list[Outcome] = []  # of the steps since the last look
     begun = time.perf_counter() - progress.epoch_seconds
     setup.train.set_epoch(epoch, start=progress.batch)
     for batch in () if sitting.ended else setup.train:
         if every and progress.step % every == 0:
             _measure(setup, sitting.probe, batch)
             _log_probe(sitting, epoch)
-        losses, missed = take_step(setup, batch)
+        outcomes.append(take_step(setup, batch))
         progress.step += 1
         progress.batch += 1
-        loss_sum += losses
-        wrong += missed
-        seen += batch.valid.sum()
         last = progress.batch == len(setup.train) or sitting.ended
         look = progress.step % LOOK_EVERY == 0 or last or sitting.due_by_steps
         stopping, due = sitting.asked(look)
         if look or stopping or due:
-            progress.loss_sum, progress.wrong, progress.seen = total(loss_sum).item(), int(total(wrong)), int(total(seen))
+            _add(progress, outcomes)
+            outcomes.clear()
             progress.epoch_seconds = time.perf_counter() - begun
             if not math.isfinite(progress.loss_sum):
                 raise Diverged(f"the loss was {progress.loss_sum} by step {progress.step}, in epoch {epoch}")
@@ -285,6 +280,16 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
     }
 
 
+def _add(progress: Progress, outcomes: list[Outcome]) -> None:
+    """Count what steps found, over all ranks; one step after the other, so that sums have the same bits wherever looks were."""
+    losses, right, counts = zip(*outcomes, strict=True)
+    sums = total(torch.stack([torch.stack(losses).double(), torch.stack(right)])).tolist()
+    for loss, correct, count in zip(*sums, counts, strict=True):
+        progress.loss_sum += loss
+        progress.wrong += int(count) - int(correct)
+        progress.seen += int(count)
+
+
 def _shown(progress: Progress) -> dict[str, float]:
     """Mean loss, error (percent) and speed (images a second) of the present epoch so far."""
     seen = max(1, progress.seen)  # files that can not be decoded may be all that was met so far
@@ -301,7 +306,7 @@ def evaluate(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None
     """
     model = setup.evaluated.eval()
     share_buffers(model)
-    sums = torch.zeros(3, dtype=torch.float64, device=setup.device)  # of losses, of mistakes, and of images
+    sums = torch.zeros(3, dtype=torch.float64, device=setup.device)  # of losses, of right answers, and of images
     for batch in stream:
         if stop is not None and any_rank(stop.requested):
             raise Stopped
@@ -309,11 +314,11 @@ def evaluate(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None
         with setup.autocast:
             logits = model(batch.images)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        sums += torch.stack([loss.double(), mistakes(logits, labels).double(), batch.valid.sum().double()])
-    loss, wrong, seen = total(sums).tolist()
+        sums += torch.stack([loss.double(), right_answers(logits, labels).double(), batch.valid.sum().double()])
+    loss, right, seen = total(sums).tolist()
     if not seen:
         raise InputError(f"no image of the {name} split can be decoded, so there is nothing to measure an error on")
-    return {f"{name}_loss": loss / seen, f"{name}_error": 100 * wrong / seen}
+    return {f"{name}_loss": loss / seen, f"{name}_error": 100 * (seen - right) / seen}
 
 
 def _measure(setup: Setup, p: Probe, batch: Batch) -> None:

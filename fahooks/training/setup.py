@@ -17,6 +17,7 @@ from fahooks.data import Dataset, Stream
 from fahooks.hooks import Attachment, attach
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe
+from fahooks.rules.passes import passes_of
 from fahooks.surgery import Report, convert, feedback_rules
 from fahooks.surgery.choice import generator_seed
 from fahooks.training import device as devices
@@ -47,6 +48,7 @@ class Setup:
         report: what the conversion did.
         optimizer: for every parameter of the model that requires a gradient.
         schedule: moved on at every step.
+        direct: whether a rule of the model has to do with whole forward passes, and may ask for their targets.
         hooks: what acts at every step of the optimizer; None where nothing does.
         autocast: the context that every forward pass runs in.
         scaler: of the loss; enabled for float16 only.
@@ -65,6 +67,7 @@ class Setup:
     report: Report
     optimizer: Optimizer
     schedule: LRScheduler
+    direct: bool
     hooks: Attachment | None
     autocast: torch.autocast
     scaler: torch.amp.GradScaler
@@ -141,6 +144,7 @@ def prepare(recipe: Recipe, streams: Streams | None = None) -> Setup:
         report=report,
         optimizer=optimizer,
         schedule=make_schedule(optimizer, recipe.schedule, epochs=recipe.train.epochs, steps=len(train)),
+        direct=bool(passes_of(model)),
         hooks=_attach(recipe, model, optimizer, total_steps=recipe.train.epochs * len(train)),
         autocast=autocast,
         scaler=devices.scaler(recipe.train.precision, device),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +18,29 @@ from fahooks.training.distributed import reducing, total
 from fahooks.training.setup import Setup
 
 
-def take_step(setup: Setup, batch: Batch) -> tuple[Tensor, Tensor]:
+class Outcome(NamedTuple):
+    """What a step found with the weights from before it: tensors, for whoever reads a number makes the host wait.
+
+    Attributes:
+        losses: of this rank's examples, added up, float32 [].
+        right: how many of its answers were right, int64 [].
+        count: how many examples the step learned from, over all ranks; a number, or int64 [].
+    """
+
+    losses: Tensor
+    right: Tensor
+    count: int | Tensor
+
+
+def take_step(setup: Setup, batch: Batch) -> Outcome:
     """One step of the optimizer, on the gradient of the mean loss over what can be learned from of a batch, on all ranks.
 
     Arguments:
         setup: what `prepare` made.
         batch: what to learn from, in `train.accumulate` passes.
-
-    Returns:
-        The losses added up, float32 [], and the number of wrong answers, int64 [], with the weights from before the step.
     """
     config = setup.recipe.train
-    losses = torch.zeros((), device=setup.device)
-    wrong = torch.zeros((), dtype=torch.int64, device=setup.device)
+    losses, right = [], []
     count = counted(setup, batch)
     passes = batch.split(config.accumulate, setup.train.view.world)
 
@@ -36,8 +50,8 @@ def take_step(setup: Setup, batch: Batch) -> tuple[Tensor, Tensor]:
         with reducing(setup.wrapped, last=number == len(passes)):
             loss, summed, logits = loss_of(setup, setup.forward, part.images, labels, count=count)
             loss.backward()
-        losses += summed.detach()
-        wrong += mistakes(logits, labels)
+        losses.append(summed.detach())
+        right.append(right_answers(logits, labels))
 
     if config.clip_norm is not None:
         setup.scaler.unscale_(setup.optimizer)
@@ -47,7 +61,7 @@ def take_step(setup: Setup, batch: Batch) -> tuple[Tensor, Tensor]:
     setup.schedule.step()
     if setup.average is not None:
         setup.average.update()
-    return losses, wrong
+    return Outcome(reduce(operator.add, losses), reduce(operator.add, right), count)
 
 
 def loss_of(
@@ -68,13 +82,14 @@ def loss_of(
     """
     # Ranks' gradients are averaged: each rank's loss counts as often as there are ranks.
     share = setup.train.view.world / (count.double().clamp(min=1) if isinstance(count, Tensor) else max(1, count))
-    scaled = setup.scaler.is_enabled()
-    # The factor stays on the device. drtp sends no gradient, and has to be told what the loss is multiplied by.
-    factor = setup.scaler.scale(torch.ones((), device=setup.device)) if scaled else 1.0
-    with setup.autocast, targets(setup.model, labels, scale=factor * (share * len(labels))):
+    if setup.scaler.is_enabled():
+        # The factor stays on the device. drtp sends no gradient, and has to be told what the loss is multiplied by.
+        share = setup.scaler.scale(torch.ones((), device=setup.device)) * share
+    told = targets(setup.model, labels, scale=share * len(labels)) if setup.direct else nullcontext()
+    with setup.autocast, told:
         logits = model(images)
         summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=setup.recipe.train.label_smoothing)
-    return summed * share * factor, summed, logits
+    return summed * share, summed, logits
 
 
 def counted(setup: Setup, batch: Batch) -> int | Tensor:
@@ -90,6 +105,6 @@ def known(batch: Batch) -> Tensor:
     return batch.labels.masked_fill(~batch.valid, IGNORED)
 
 
-def mistakes(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many answers are wrong, int64 [], of the examples that count."""
-    return ((logits.detach().argmax(1) != labels) & (labels != IGNORED)).sum()
+def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many answers are right, int64 []."""
+    return (logits.argmax(1) == labels).sum()

@@ -57,10 +57,10 @@ def test_a_batch_in_several_passes_is_the_whole_batch(tiny: Tiny, rule: str, pas
     for accumulate in (1, passes):
         setup, batch = in_float64(tiny(SGD, f"feedback=[{{rule: {rule}}}]", f"train.accumulate={accumulate}"))
         seen = [take_step(setup, batch) for _ in range(3)]
-        trained.append((weights(setup), [(loss.item(), wrong.item()) for loss, wrong in seen]))
+        trained.append((weights(setup), [(found.losses.item(), found.right.item()) for found in seen]))
     (whole, seen_whole), (parts, seen_parts) = trained
     torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-12)
-    assert [wrong for _, wrong in seen_parts] == [wrong for _, wrong in seen_whole]
+    assert [right for _, right in seen_parts] == [right for _, right in seen_whole]
     assert [loss for loss, _ in seen_parts] == pytest.approx([loss for loss, _ in seen_whole])
     assert far(whole, weights(in_float64(tiny())[0])), "control: the weights did not move"
 
@@ -71,7 +71,7 @@ def test_the_step_is_that_of_the_mean_loss_written_by_hand(tiny: Tiny):
     model = other.model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
-        loss, _ = take_step(setup, batch)
+        loss = take_step(setup, batch).losses
         expected = torch.full((7, 10), 0.3 / 10, dtype=torch.float64)
         expected[torch.arange(7), batch.labels] += 0.7
         by_hand = -(expected * model(batch.images).log_softmax(1)).sum(1).mean()
@@ -188,23 +188,24 @@ def test_the_mean_is_that_of_the_files_that_were_not_skipped(tiny: Tiny, rule: s
     skip = (f"feedback=[{{rule: {rule}}}]", "data.corrupt=skip")
     setup, batch = in_float64(tiny(*skip, f"train.accumulate={passes}"))
     valid = torch.tensor([True, False, True, True, True, False, True])
-    loss, _ = take_step(setup, replace(batch, valid=valid))  # a loader that skips files counts them: see test_conformance
+    found = take_step(setup, replace(batch, valid=valid))  # a loader that skips files counts them: see test_conformance
     model = in_float64(tiny(*skip))[0].model
     with targets(model, batch.labels[valid]):
         by_hand = F.cross_entropy(model(batch.images[valid]), batch.labels[valid])
     by_hand.backward()
-    found = {name: p.grad for name, p in setup.model.named_parameters()}
+    gradients = {name: p.grad for name, p in setup.model.named_parameters()}
     expected = {name: p.grad for name, p in model.named_parameters()}
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    assert loss.item() / 5 == pytest.approx(by_hand.item())
+    torch.testing.assert_close(gradients, expected, rtol=1e-10, atol=1e-12)
+    assert found.count == 5
+    assert found.losses.item() / 5 == pytest.approx(by_hand.item())
     counted = loss_of(setup, setup.model, batch.images, batch.labels.masked_fill(~valid, IGNORED), count=batch.count)[0]
     assert counted.item() < 0.8 * by_hand.item(), "control: skipped files are counted"
 
 
 def test_a_batch_of_which_all_files_were_skipped_has_no_gradient(tiny: Tiny):
     setup, batch = in_float64(tiny("data.corrupt=skip"))
-    loss, wrong = take_step(setup, replace(batch, valid=torch.zeros(7, dtype=torch.bool)))
-    assert (loss.item(), wrong.item()) == (0, 0)
+    found = take_step(setup, replace(batch, valid=torch.zeros(7, dtype=torch.bool)))
+    assert (found.losses.item(), found.right.item(), found.count) == (0, 0, 0)
     assert all((p.grad == 0).all() for p in setup.model.parameters() if p.grad is not None)
 
 
@@ -213,12 +214,13 @@ def test_examples_that_only_fill_up_change_nothing(tiny: Tiny, rule: str):
     options = (SGD, f"feedback=[{{rule: {rule}}}]", "train.label_smoothing=0.1", "train.accumulate=2")
     setup, batch = in_float64(tiny(*options))
     valid = torch.tensor([True, False, True, True, True, False, True])
-    loss, wrong = take_step(setup, replace(batch, valid=valid, count=5))
+    found = take_step(setup, replace(batch, valid=valid, count=5))
     other, _ = in_float64(tiny(*options))
     few = Batch(batch.images[valid], batch.labels[valid], batch.index[valid], valid[valid], 5)
-    expected_loss, expected_wrong = take_step(other, few)
+    expected = take_step(other, few)
     torch.testing.assert_close(weights(setup), weights(other), rtol=1e-10, atol=1e-12)
-    assert (loss.item(), wrong.item()) == (pytest.approx(expected_loss.item()), expected_wrong.item())
+    assert found.losses.item() == pytest.approx(expected.losses.item())
+    assert (found.right, found.count) == (expected.right, expected.count)
     whole, _ = in_float64(tiny(*options))
     take_step(whole, batch)
     assert far(weights(whole), weights(setup)), "control: the examples would change something"
