@@ -23,8 +23,9 @@ class RecipeName(click.ParamType):
             InputError: there is no such recipe. Processes that torchrun started leave that to the command, which lets one speak.
         """
         from fahooks.recipe import find
+        from fahooks.training.torchrun import started_by_torchrun
 
-        if "RANK" not in os.environ:
+        if not started_by_torchrun():
             find(value)
         return value
 

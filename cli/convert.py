@@ -22,6 +22,8 @@ from rich.text import Text
 from fahooks import plugins
 from fahooks.plugins import InputError
 
+from .tables import on_terminal
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -271,10 +273,10 @@ def _document(settings: dict[str, Any], report: Report, verification: Verificati
 
 def _print(report: Report) -> None:
     """A table that folds to the terminal's width; into a file or a pipe, whole lines."""
-    console = Console()
-    if not console.is_terminal:
+    if not on_terminal():
         click.echo(report)
         return
+    console = Console()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in ("layer", "type", "weight", "rule", "bytes added", ""):
         table.add_column(column, overflow="fold", justify="right" if column == "bytes added" else "left")

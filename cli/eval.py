@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from .arguments import SETTINGS
-from .train import stoppable
+from .train import together
 
 
 @click.command(name="eval", epilog="Example: fahooks eval runs/quickstart-1/fa --weights last")
@@ -26,10 +26,13 @@ def evaluate(run: Path, weights: Literal["best", "last"], overrides: tuple[str, 
     those of the newest checkpoint. --set evaluates on other images (data....), which are normalised as those that were trained
     on, or elsewhere (train.device, train.threads).
     """
+    from fahooks.training import distributed
     from fahooks.training.evaluation import evaluate_run
 
-    with stoppable():
+    with together("stopped; nothing was measured"):
         found = evaluate_run(run, weights, overrides)
+        if distributed.rank() != 0:
+            return
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=2))
         return

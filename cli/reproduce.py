@@ -11,7 +11,7 @@ from fahooks.plugins import InputError, near
 
 from .arguments import SETTINGS, numbers
 from .tables import print_result
-from .train import stoppable
+from .train import together
 
 TABLES = ("table1",)
 
@@ -37,7 +37,7 @@ def reproduce(
     if table not in TABLES:
         raise InputError(f"{table!r} can not be reproduced{near(table, TABLES)}; there is {', '.join(TABLES)}")
     out = out or reproduction.OUT
-    with stoppable(), distributed.joined():
+    with together():
         diverged = reproduction.reproduce(_names(columns), _names(rows), numbers(seeds), overrides, out)
         distributed.told(partial(_report, out))  # the others wait for it: torchrun ends all processes when the first one fails
         if diverged:

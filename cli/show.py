@@ -22,7 +22,7 @@ def show(recipe: str, overrides: tuple[str, ...]) -> None:
     from fahooks.recipe import explain, find
 
     lines = explain(find(recipe), overrides)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, force_terminal=on_terminal())
     column = max(len(line.text) for line in lines if len(line.text) < 60) + 2 if on_terminal() else 0
     for line in lines:
         origin = f"{'':{max(2, column - len(line.text))}}# {line.origin}" if line.origin else ""

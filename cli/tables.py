@@ -15,7 +15,7 @@ PLAIN_WIDTH = 120
 
 
 def on_terminal() -> bool:
-    """Whether what is printed is looked at. rich is also told to colour what is not, by FORCE_COLOR."""
+    """Whether what is printed is looked at. By FORCE_COLOR rich also colours what is not: right for results, not for YAML."""
     return sys.stdout.isatty()
 
 

@@ -55,29 +55,25 @@ def train(
 
     auto = resume == Path("auto")
     overrides = overrides if max_steps is None else (*overrides, f"train.max_steps={max_steps}")
-    if dry_run:
-        if recipe is None or resume is not None or out is not None or seeds is not None or sweeps:
-            raise InputError("--dry-run takes a RECIPE, and neither --resume, --out, --seeds nor --sweep: it writes nothing")
-        with stoppable(), distributed.joined():
+    with together():
+        if dry_run:
+            if recipe is None or resume is not None or out is not None or seeds is not None or sweeps:
+                raise InputError("--dry-run takes a RECIPE, and neither --resume, --out, --seeds nor --sweep: it writes nothing")
             _dry_run(recipe, overrides)
-        return
-    if seeds is not None or sweeps:
-        if recipe is None or resume is not None:
-            raise InputError("--seeds and --sweep take a RECIPE and no --resume: the same command goes on by itself")
-        with stoppable(), distributed.joined():
+            return
+        if seeds is not None or sweeps:
+            if recipe is None or resume is not None:
+                raise InputError("--seeds and --sweep take a RECIPE and no --resume: the same command goes on by itself")
             _sweep(recipe, overrides, sweeps, seeds, out)
-        return
-    if resume is not None and not auto and (recipe or overrides or out):
-        raise InputError("--resume DIR takes everything from there: leave RECIPE, --set, --max-steps and --out away")
-    with stoppable(), distributed.joined():
-        if auto and recipe is not None:
-            line = commands.resume_newest(recipe, overrides, out)
-        elif resume is not None and not auto:
+            return
+        if resume is not None and not auto:
+            if recipe or overrides or out:
+                raise InputError("--resume DIR takes everything from there: leave RECIPE, --set, --max-steps and --out away")
             line = commands.resume(resume)
-        elif recipe is not None:
-            line = commands.start(recipe, overrides, out)
-        else:
+        elif recipe is None:
             raise InputError("name a recipe, such as mnist/fa (`fahooks ls recipes` lists all), or --resume a run directory")
+        else:
+            line = commands.resume_newest(recipe, overrides, out) if auto else commands.start(recipe, overrides, out)
         if distributed.rank() == 0:
             click.echo(line)
 
@@ -123,14 +119,28 @@ def quickstart(overrides: tuple[str, ...], out: Path | None) -> None:
     """
     from fahooks.report import figures, tables
     from fahooks.report.runs import read_run
-    from fahooks.training import commands
+    from fahooks.training import commands, distributed
 
-    with stoppable():
+    with together():
         folder = commands.quickstart(overrides, out)
-    runs = [read_run(folder / rule) for rule in commands.QUICKSTART_RULES]
-    figures.comparison(runs, folder / "quickstart.png")
-    print_result(tables.comparison(runs))
-    click.echo(f"figure {folder / 'quickstart.png'}, runs in {folder}")
+        if distributed.rank() != 0:
+            return
+        runs = [read_run(folder / rule) for rule in commands.QUICKSTART_RULES]
+        figures.comparison(runs, folder / "quickstart.png")
+        print_result(tables.comparison(runs))
+        click.echo(f"figure {folder / 'quickstart.png'}, runs in {folder}")
+
+
+@contextmanager
+def together(otherwise: str = "stopped before the run began") -> Iterator[None]:
+    """Run the block as one of the processes that torchrun started, where it did: they share the work, and rank 0 speaks.
+
+    It is `stoppable`; where it fails, one process says so.
+    """
+    from fahooks.training import distributed
+
+    with stoppable(otherwise), distributed.joined():
+        yield
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import fahooks
 from fahooks.plugins import InputError
 from fahooks.rules import targets
-from fahooks.training import distributed
+from fahooks.training.torchrun import leave
 
 WORLD = 2
 ALONE = None
@@ -120,7 +120,7 @@ def _process(rank: int, port: int, folder: Path) -> None:
         torch.save(everything(rank), folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
-    distributed.leave(0)
+    leave(0)
 
 
 def everything(rank: int) -> dict[str, Any]:

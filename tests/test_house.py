@@ -39,7 +39,7 @@ MAY_IMPORT["verify"] = ABOVE_SURGERY | {"observation", "auditing"}
 MAY_IMPORT["benchmark"] = ABOVE_SURGERY | {"hooks"}
 MAY_IMPORT["training"] = set(MAY_IMPORT) - {"reference"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"reference"}
-MAY_IMPORT["__main__"] = {"cli"}
+MAY_IMPORT["__main__"] = {"cli", "training"}
 
 # A module whose tests bear the name of what it is about instead of its own.
 TESTED_BY = {"adapters.py": "test_attention.py"}

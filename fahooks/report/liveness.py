@@ -2,68 +2,66 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# Who trains in a run directory holds this file in it; the system lets it go when the process ends, in whatever way.
+LOCK = ".lock"
+
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from all others, also from a later one of the same number: plain data."""
-    return {**_machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+    """Where this process runs, and its number there: plain data."""
+    return {"pid": os.getpid(), **_machine()}
 
 
-def state(status: Mapping[str, Any]) -> str:
+def state(run: Path, status: Mapping[str, Any]) -> str:
     """How a run is, by its status.json: running, finished, interrupted, failed, or killed; "begun" before it says anything.
 
-    It is killed where it says that it is running, and the process that said so is gone. Of a process of another machine, or of
-    another container, that can not be told, and it counts as running.
+    It is killed where it says that it is running, and nobody holds its lock, or its machine was started again since. Of another
+    machine that can not be told, and it counts as running.
+
+    Arguments:
+        run: its directory.
+        status: what its status.json says.
     """
     said = str(status.get("state", "begun"))
-    return "killed" if said == "running" and _is_gone(status.get("process")) else said
+    return "killed" if said == "running" and _is_gone(run, status.get("process")) else said
 
 
-def _is_gone(process: Any) -> bool:
-    if not isinstance(process, Mapping) or not isinstance(process.get("pid"), int):
-        return False
+def _is_gone(run: Path, process: Any) -> bool:
     here = _machine()
-    if process.get("host") != here["host"]:
+    if not isinstance(process, Mapping) or not here["boot"] or any(process.get(key) != here[key] for key in ("host", "machine")):
         return False
-    if process.get("boot") != here["boot"]:  # the machine was started again since
-        return True
-    if process.get("namespace") != here["namespace"]:
-        return False
-    return not _exists(process["pid"]) or process.get("started") != _started(process["pid"])
+    return process.get("boot") != here["boot"] or not _is_held(run / LOCK)
 
 
 def _machine() -> dict[str, str]:
-    """The machine, when it was started, and the container whose process numbers these are; empty where that is not told."""
+    """The machine, by its name and by its number, and when it was started; empty where that is not told."""
+    return {
+        "host": socket.gethostname(),
+        "machine": _read("/etc/machine-id"),
+        "boot": _read("/proc/sys/kernel/random/boot_id"),
+    }
+
+
+def _read(path: str) -> str:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
+        return Path(path).read_text().strip()
     except OSError:
-        boot = namespace = ""
-    return {"host": socket.gethostname(), "boot": boot, "namespace": namespace}
+        return ""
 
 
-def _exists(pid: int) -> bool:
+def _is_held(lock: Path) -> bool:
+    """Whether a process holds the file; also where that can not be told, as of a file that may not be read."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
-    except OverflowError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _started(pid: int) -> int | None:
-    """When a process was started, in ticks of the machine's clock; None where that is not told, or it has ended."""
-    try:
-        # The name of the program, in brackets, may hold spaces and brackets.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in ("Z", "X") else int(fields[18])
-    except (OSError, ValueError, IndexError):
-        return None
+    except OSError:
+        return True
+    return False

@@ -56,7 +56,7 @@ def read_run(path: Path) -> Run:
     return Run(
         path=path,
         recipe=recipe,
-        status={**status, "state": state(status)},
+        status={**status, "state": state(path, status)},
         epochs=[row for row in rows if row["kind"] == "epoch"],
         probes=[row for row in rows if row["kind"] == "probe"],
     )

@@ -190,7 +190,7 @@ def _directories(folder: Path) -> Iterator[Path]:
 def _state(path: Path) -> str:
     file = path / "status.json"
     try:
-        return state(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
+        return state(path, json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
     except (ValueError, AttributeError) as error:
         raise InputError(f"{str(file)!r} is damaged: move the run away, or start it anew") from error
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from fahooks.plugins import InputError, datasets, rules
-from fahooks.recipe import Recipe, find
+from fahooks.recipe import Recipe, Source, find
 from fahooks.training import distributed
 from fahooks.training.distributed import told
 from fahooks.training.failures import recorded
@@ -18,7 +19,7 @@ from fahooks.training.loop import Result, train
 from fahooks.training.resolution import resolve
 from fahooks.training.run_directory import Following, RunDirectory, fresh_directory
 from fahooks.training.sameness import check_same
-from fahooks.training.setup import prepare
+from fahooks.training.setup import Setup, prepare
 from fahooks.training.streams import SharedStreams, load_dataset, open_streams
 
 QUICKSTART_RULES = ("bp", "fa", "usf_sn")
@@ -93,12 +94,14 @@ def resume_newest(name: str, overrides: Sequence[str] = (), out: Path | None = N
     run = run_at(run.path)
     distributed.remember(run.path)
     with run.alone():
-        dataset = load_dataset(asked)
-        recipe = resolve(run.as_begun(asked), dataset)
-        check_same(run.made_from, recipe.model_dump(mode="json"), f"the run in {str(run.path)!r} was begun")
+        # What is wrong with another recipe is nothing that the run failed of; that memory ran out is, unless it is finished.
+        with nullcontext() if run.finished else recorded(run, but=InputError):
+            dataset = load_dataset(asked)
+            recipe = resolve(run.as_begun(asked), dataset)
+            check_same(run.made_from, recipe.model_dump(mode="json"), f"the run in {str(run.path)!r} was begun")
         if run.finished:
             return _finished_line(recipe, run)
-        with recorded(run):  # only now: what is wrong with another recipe is nothing that the run failed of
+        with recorded(run):
             setup = prepare(recipe, open_streams(recipe, dataset=dataset))
         run.write("resolved.yaml", recipe.as_yaml())
         return final_line(recipe, train(setup, run, resume=True), run)
@@ -127,15 +130,15 @@ def quickstart(overrides: Sequence[str] = (), out: Path | None = None) -> Path:
     first = recipes[QUICKSTART_RULES[0]]
     with closing(SharedStreams()) as streams:
         prepare(first, streams.open(first))  # finds what is wrong with the data before a folder is made
-        folder = fresh_directory(out, "quickstart")
+        folder = told(lambda: fresh_directory(out, "quickstart"))
+        console = Console(quiet=distributed.rank() != 0)
         dataset = datasets.get(first.data.dataset)
-        Console().print(f"{dataset.name}: {dataset.summary}", highlight=False, soft_wrap=True)
+        console.print(f"{dataset.name}: {dataset.summary}", highlight=False, soft_wrap=True)
         for rule, recipe in recipes.items():
             setup = prepare(recipe, streams.open(recipe))
-            changed = (*overrides, *_quickstart_overrides(rule))
-            run = RunDirectory.create(setup.recipe, source, out=folder / rule, overrides=changed, choices=setup.choices)
+            run = run_at(told(partial(_quickstart_run, setup, source, folder / rule, overrides)))
             with run.alone():
-                Console().print(f"{rule}: {rules.get(rule).summary}", highlight=False, markup=False, soft_wrap=True)
+                console.print(f"{rule}: {rules.get(rule).summary}", highlight=False, markup=False, soft_wrap=True)
                 train(setup, run)
     return folder
 
@@ -173,6 +176,11 @@ def _published(recipe: Recipe) -> float | None:
     """
     paper = recipe.paper
     return paper.error if paper is not None and paper.column.partition("_")[0] == recipe.data.dataset else None
+
+
+def _quickstart_run(setup: Setup, source: Source, out: Path, overrides: Sequence[str]) -> Path:
+    changed = (*overrides, *_quickstart_overrides(out.name))
+    return RunDirectory.create(setup.recipe, source, out=out, overrides=changed, choices=setup.choices).path
 
 
 def _quickstart_overrides(rule: str) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ Alone, without torchrun, a process is rank 0 of 1, and everything here comes for
 
 from __future__ import annotations
 
-import atexit
 import faulthandler
 import functools
 import os
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,8 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from fahooks.plugins import InputError
-
-STARTED_BY_TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+from fahooks.training.torchrun import started_by_torchrun
 
 # How long ranks wait for rank 0 to download, or to write the files of a loader: a process that is gone is noticed at once.
 PATIENCE = timedelta(days=7)
@@ -44,23 +42,6 @@ def rank() -> int:
 def world() -> int:
     """How many processes train together."""
     return dist.get_world_size() if _joined() else 1
-
-
-def started_by_torchrun() -> bool:
-    """Whether this process is one of those that torchrun starts, joined or not."""
-    return os.environ.keys() >= STARTED_BY_TORCHRUN
-
-
-def leave(code: int) -> NoReturn:
-    """Exit, as `sys.exit` does at the end of a program, but without taking the interpreter apart.
-
-    Threads of gloo and of autograd that outlive FSDP2's process group may ask for it meanwhile, which crashes
-    (https://github.com/pytorch/pytorch/issues/190489): torchrun would take a run that is finished for one that failed.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _joined() -> bool:

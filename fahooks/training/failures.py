@@ -40,10 +40,14 @@ def worded() -> Iterator[None]:
 
 
 @contextmanager
-def recorded(run: RunDirectory) -> Iterator[None]:
+def recorded(run: RunDirectory, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     """Leave in status.json how the block ended before its time, and in failure.txt the traceback of a fault of the program.
 
     Of several processes the first one that fails leaves it: the others fail since it is gone.
+
+    Arguments:
+        run: what ended.
+        but: what has nothing to do with the run, and passes.
 
     Raises:
         Failed: anything else than a stop and wrong input ended it; the error itself is its cause.
@@ -53,6 +57,8 @@ def recorded(run: RunDirectory) -> Iterator[None]:
     except KeyboardInterrupt:
         if not somebody_failed():
             run.status("interrupted", resume=f"fahooks train --resume {run.path}")
+        raise
+    except but:
         raise
     except Exception as error:
         if not fails_first():

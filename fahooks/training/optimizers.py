@@ -59,7 +59,10 @@ def make_schedule(
         warmup = config.warmup * steps
         return min(1.0, (step + 1) / warmup if warmup else 1.0) * _factor(config, step // steps, epochs)
 
-    return LambdaLR(optimizer, factor)
+    schedule = LambdaLR(optimizer, factor)
+    # It goes by epochs, also in a step that a GradScaler skips, of which torch would warn where that is the first one.
+    optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
+    return schedule
 
 
 def _factor(config: recipe.Constant | recipe.Step | recipe.Cosine, epoch: int, epochs: int) -> float:

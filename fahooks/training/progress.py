@@ -8,8 +8,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+def on_terminal(console: Console) -> bool:
+    """Whether a line can be drawn over. By FORCE_COLOR rich is told that any output is a terminal, so that it colours it."""
+    return console.is_interactive and console.file.isatty()
+
+
 class Display:
-    """A progress bar over the steps of a run where `console` is a terminal, and plain lines.
+    """A progress bar over the steps of a run where `console` writes to a terminal, and plain lines.
 
     Arguments:
         title: the name of what runs; its last part is shown.
@@ -27,7 +32,7 @@ class Display:
             TextColumn("{task.fields[speed]:,.0f} images/s"),
             TimeRemainingColumn(compact=True),
             console=console,
-            disable=not console.is_terminal,
+            disable=not on_terminal(console),
             transient=True,
             expand=True,
         )

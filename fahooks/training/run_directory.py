@@ -26,12 +26,11 @@ import torch
 
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, Source, load, read_file, read_plain
-from fahooks.report.liveness import this_process
+from fahooks.report.liveness import LOCK, this_process
 from fahooks.training.resolution import with_data
 
 LOSSES = ["train_loss", "train_error", "validation_loss", "validation_error", "test_error"]
 RUNS = Path("runs")
-LOCK = ".lock"
 PARTIAL = ".partial"
 # What a run may have left that was killed before resolved.yaml, which comes last, made it one to go on with.
 BARELY_BEGUN = {LOCK, *(name + end for name in ("recipe.yaml", "env.json") for end in ("", PARTIAL)), f"resolved.yaml{PARTIAL}"}

@@ -375,6 +375,7 @@ def test_a_seed_gives_the_same_bits_again(file: Path, tmp_path: Path):
 
 
 def test_a_terminal_gets_a_table(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fahooks.cli.convert.on_terminal", lambda: True)
     monkeypatch.setattr("fahooks.cli.convert.Console", lambda: Console(force_terminal=True, width=100, color_system="standard"))
     result = convert(f"{file}:small", "--exclude", "0")
     assert result.exit_code == 0

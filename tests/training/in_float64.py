@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fahooks.plugins import InputError, models
-from fahooks.training import commands, distributed, loop
+from fahooks.training import commands, distributed, loop, torchrun
 
 
 @models.register("in_float64", summary="Two convolutions and two linear maps, for images of 8x8 pixels in float64.")
@@ -58,5 +58,5 @@ if __name__ == "__main__":
                 line = str(error)
             if distributed.rank() == 0:
                 (Path(out) / f"{name}.txt").write_text(line)
-    if distributed.started_by_torchrun():
-        distributed.leave(0)
+    if torchrun.started_by_torchrun():
+        torchrun.leave(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,12 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from fahooks.plugins import InputError
 from fahooks.training import checkpoint
 from fahooks.training.distributed import with_sync_batchnorm
+from fahooks.training.evaluation import evaluate_run
 
 HERE = Path(__file__).parent
 
@@ -46,6 +50,11 @@ LONG = ["train.epochs=3", "train.ema=0.9", "checkpoint.every=1", "checkpoint.kee
 MIXED = "feedback=[{match: blocks.1.0, rule: dfa}, {match: blocks.2.1, rule: kp}, {rule: usf_sn}]"
 COMPILED = [MIXED, "data.batch_size=32", "data.limit=101", "train.epochs=1"]
 
+# A fifth of the images can not be decoded, and in some batches more of those of one process than of the other.
+FOLDER = "dataset: imagefolder, dataset_options: {path: images, size: 8, channels: 1, test: 0.2}"
+FILES = f"data={{{FOLDER}, batch_size: 33, validation: 21, corrupt: skip}}"
+SKIPPED = [FILES, "feedback=[{match: blocks.1.0, rule: drtp}, {rule: fa}]", "train.accumulate=2"]
+
 ALONE = {
     **{f"rule {rule}": [f"feedback=[{{rule: {rule}}}]"] for rule in [*SHARED, "kp", "wm"]},
     **{f"hook {hook}": [f"hooks=[{{name: {hook}}}]"] for hook in HOOKS},
@@ -57,6 +66,7 @@ ALONE = {
     "channels_last": ["train.channels_last=true"],
     "compiled": COMPILED,
     "long": LONG,
+    "skipped": SKIPPED,
 }
 DDP = {**ALONE, "compiled": [*COMPILED, "train.compile=true"]}
 # The gradients of the other rules are compared in tests/test_distributed.py.
@@ -82,15 +92,30 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of the runs of one process, of two by DDP, and of two by FSDP2."""
     place = tmp_path_factory.mktemp("trained")
     (place / "r.yaml").write_text(RECIPE)
+    write_images(place / "images")
     folders = {}
     for name, cases in (("alone", ALONE), ("ddp", DDP), ("fsdp2", FSDP2)):
         folders[name] = place / name
         folders[name].mkdir()
-        (place / f"{name}.json").write_text(json.dumps(cases))
+        here = {**cases, "skipped": [*cases["skipped"], f"data.root={place}"]}
+        (place / f"{name}.json").write_text(json.dumps(here))
         arguments = [HERE / "in_float64.py", place / "r.yaml", place / f"{name}.json", folders[name]]
         done = call([sys.executable, *arguments] if name == "alone" else torchrun(*arguments))
         assert done.returncode == 0, done.stdout + done.stderr
+        assert "skipped: " in done.stderr and "lr_scheduler" not in done.stderr, done.stderr
     return folders
+
+
+def write_images(folder: Path) -> None:
+    """Digits as files, a folder for each class; every fifth is cut off."""
+    for number, (pixels, label) in enumerate(zip(*load_digits(return_X_y=True), strict=True)):
+        if number == 150:
+            break
+        file = folder / str(label) / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((15 * pixels).reshape(8, 8).astype("uint8")).save(file)
+        if number % 5 == 0:
+            file.write_bytes(file.read_bytes()[:60])
 
 
 def parts(run: Path) -> dict[str, Any]:
@@ -119,7 +144,7 @@ def assert_same(ours: Any, theirs: Any, where: str) -> None:
 
 
 def assert_same_rows(ours: Path, theirs: Path) -> None:
-    """What is logged is the same; losses are added up in float32, probes in float64."""
+    """What is logged is the same; evaluation computes losses in float32."""
     assert len(rows(ours)) == len(rows(theirs))
     for row, other in zip(rows(ours), rows(theirs), strict=True):
         assert row.keys() == other.keys() and row["kind"] == other["kind"]
@@ -148,6 +173,34 @@ def test_two_processes_by_ddp_train_as_one(trained: dict[str, Path], case: str) 
 def test_two_processes_by_fsdp2_train_as_one_and_their_checkpoints_are_whole(trained: dict[str, Path], case: str) -> None:
     assert_same(parts(trained["fsdp2"] / case), parts(trained["alone"] / case), case)
     assert_same_rows(trained["fsdp2"] / case, trained["alone"] / case)
+
+
+TOGETHER = """
+import sys
+from fahooks.cli import main
+from fahooks.training import distributed, loop
+
+loop._plot = lambda run: None
+options = [f"--set={option}" for option in OPTIONS]
+with distributed.joined():
+    main(["quickstart", *options, "--out=quickstart"], standalone_mode=False)
+    for weights in ("best", "last"):
+        main(["eval", "quickstart/fa", f"--weights={weights}", "--json"], standalone_mode=False)
+"""
+
+
+def test_quickstart_and_eval_share_their_work_among_the_processes(tmp_path: Path, in_tmp: Path) -> None:
+    options = ["data.limit=120", "train.epochs=2", "train.device=cpu", "train.threads=1"]
+    (tmp_path / "together.py").write_text(TOGETHER.replace("OPTIONS", repr(options)))
+    done = call(torchrun(tmp_path / "together.py"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\nusf_sn: ") == done.stdout.count("figure quickstart/quickstart.png") == 1, done.stdout
+    documents = re.findall(r"^{.*?^}", done.stdout, re.DOTALL | re.MULTILINE)
+    assert len(documents) == 2
+    for weights, document in zip(("best", "last"), documents, strict=True):
+        alone = evaluate_run(tmp_path / "quickstart" / "fa", weights).as_dict()
+        for name in ("validation", "test"):
+            assert json.loads(document)[name] == pytest.approx(alone[name], rel=1e-5)
 
 
 @of_trained
@@ -387,15 +440,3 @@ def test_processes_that_are_started_again_after_the_run_had_finished_have_nothin
 def environ_of(pid: int) -> dict[str, str]:
     entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
-
-
-def test_leaving_runs_what_waits_for_the_exit_and_nothing_after_it():
-    program = (
-        "import atexit, sys; from fahooks.training import distributed\n"
-        "class Torn:\n"
-        "    def __del__(self): print('torn apart')\n"
-        "kept = Torn(); atexit.register(print, 'at exit'); print('last words', end=' '); {}(3)"
-    )
-    for leave, said in (("distributed.leave", "last words at exit\n"), ("sys.exit", "last words at exit\ntorn apart\n")):
-        done = call([sys.executable, "-c", program.format(leave)])
-        assert (done.returncode, done.stdout) == (3, said)

@@ -106,6 +106,11 @@ def test_a_run_for_which_there_is_no_memory_says_so_in_a_line_and_keeps_its_chec
         return
     run = RunDirectory(tmp_path / "run")
     assert f"fahooks: {run.read_status()['reason']}\n" == done.stderr
+    run.status("interrupted")
+    command = [*command[:2], "0", "1", *command[4:], "--resume", "auto"]  # no room for the images
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (1, f"fahooks: {run.read_status()['reason']}\n")
+    assert run.read_status()["state"] == "failed" and done.stderr.startswith("fahooks: out of memory")
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000003.pt"]
     assert commands.resume(run.path).startswith("quickstart: test error")
     assert [row["step"] for row in run.rows("epoch")] == [1, 2, 3, 4, 5, 6]

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD as SGD_of_torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from fahooks.recipe import SGD, Adam, AdamW, Constant, Cosine, Step
 from fahooks.training.optimizers import make_optimizer, make_schedule
@@ -49,6 +51,22 @@ def test_frozen_parameters_are_left_out():
     net.bias.requires_grad_(False)
     optimizer = make_optimizer(net, Adam(name="adam", lr=0.1))
     assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [id(net.weight)]
+
+
+def test_a_first_step_that_a_scaler_skips_moves_the_schedule_on_without_a_warning():
+    net = model()
+    optimizer = SGD_of_torch(net.parameters(), lr=1.0)  # as for sharded parameters; a fused one is called, and skips by itself
+    schedule = make_schedule(optimizer, Cosine(name="cosine"), epochs=2, steps=1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(net(torch.full((1, 3), torch.inf)).sum()).backward()
+    before = net.weight.detach().clone()
+    scaler.step(optimizer)
+    schedule.step()
+    assert torch.equal(net.weight, before)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+    plain = LambdaLR(SGD_of_torch(net.parameters(), lr=1.0), lambda step: 1.0)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        plain.step()  # control
 
 
 def rates(config: Constant | Step | Cosine, *, epochs: int, steps: int) -> list[float]:

@@ -9,6 +9,7 @@ import fcntl
 import io
 import json
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -304,11 +305,11 @@ def _shown(name: str, count: int) -> Iterator[Callable[[int], None]]:
     def advance(done: int) -> None:
         nonlocal last
         bar.update(task, completed=done)
-        if not console.is_terminal and time.monotonic() - last > 10:
+        if bar.disable and time.monotonic() - last > 10:
             last = time.monotonic()
             line(f"{title}: {done:,} of {count:,} images")
 
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task(title, total=count)
         yield advance
     line(f"wrote {name}: {count:,} images in {time.monotonic() - started:.1f} s")
