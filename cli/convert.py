@@ -281,7 +281,7 @@ def _print(report: Report) -> None:
     for column in ("layer", "type", "weight", "rule", "bytes added", ""):
         table.add_column(column, overflow="fold", justify="right" if column == "bytes added" else "left")
     for layer in report.layers:
-        outcome = Text("converted", "green") if layer.reason is None else Text(f"skipped: {layer.reason}", "yellow")
+        outcome = Text(layer.outcome, "green" if layer.reason is None else "yellow")
         shape = "x".join(map(str, layer.weight_shape))
         cells = (layer.name or "(model)", layer.type, shape, layer.rule, f"{layer.memory_bytes:,}")
         table.add_row(*map(Text, cells), outcome)

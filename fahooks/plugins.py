@@ -190,8 +190,11 @@ class Registry:
 
         Raises:
             NameClash: `name` already stands for something else.
-            InputError: it is of no kind that can be registered here.
+            InputError: it is of no kind that can be registered here, or no name is given.
         """
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            what = f"register_{self.kind}" if self.kind in ("rule", "hook", "adapter") else f"plugins.{self.kind}s.register"
+            raise InputError(f"write @fahooks.{what}('name'), with the name that users will type (got {_brief(name)})")
 
         def decorate(target: T) -> T:
             if self.base is not None and self.base not in getattr(target, "__mro__", ()):

@@ -156,8 +156,16 @@ def test_the_first_pattern_that_matches_decides() -> None:
 
 
 def test_the_order_of_a_mapping_counts() -> None:
-    assert set(feedback_rules(converted({"*": "fa", "head": "usf"}))["head"].state_dict()) == {"matrix"}
-    assert set(feedback_rules(converted({"head": "usf", "*": "fa"}))["head"].state_dict()) == set()
+    first, last = {"layer1": "fa", "*.proj": "usf"}, {"*.proj": "usf", "layer1": "fa"}
+    net = nn.ModuleDict({**model(), "proj": nn.ModuleDict({"proj": nn.Linear(2, 2)})})
+    fahooks.convert(net, first)
+    assert set(feedback_rules(net)["layer1.0.proj"].state_dict()) == {"matrix"}
+    fahooks.convert(net, last)
+    assert set(feedback_rules(net)["layer1.0.proj"].state_dict()) == set()
+
+
+def test_a_star_may_find_nothing_left() -> None:
+    assert fahooks.convert(nn.Sequential(nn.Linear(2, 2)), {nn.Linear: "usf", "*": "fa"}).layers[0].rule == "usf"
 
 
 def converted(rule: Any) -> nn.Module:
@@ -310,6 +318,21 @@ def test_what_can_not_be_converted_is_named_with_its_reason(make: Callable[[], n
         ({"rule": halved, "gain": 2}, ConversionError, r"a function has no options, got gain"),
         ({"rule": {"*": "fa"}, "gain": 2}, ConversionError, r"options gain belong beside a rule, as \{pattern: .*\}, where"),
         ({"rule": {}}, ConversionError, r"the mapping of rules is empty"),
+        (
+            {"rule": {"*": "fa", "head": "bp"}},
+            ConversionError,
+            r"^rule: 'head' decides for no layer: '\*' before it takes all that it matches; put it first$",
+        ),
+        (
+            {"rule": {"layer1.0": "fa", "stem": "fa", "layer1.1": "usf", "layer1.*.conv": "bp"}},
+            ConversionError,
+            r"'layer1.\*.conv' decides for no layer: 'layer1.0' and 'layer1.1' before it take all that it matches",
+        ),
+        (
+            {"rule": {nn.Conv2d: "fa", re.compile("conv"): "bp"}},
+            ConversionError,
+            r"decides for no layer: 'Conv2d' before it takes",
+        ),
         ({"rule": {"*": {"gain": 2}}}, ConversionError, r"expected \{'rule': name, .*\}, got \{'gain': 2\}"),
         ({"rule": Half()}, ConversionError, r"got the module Half: pass its class"),
         ({"rule": nn.Linear(2, 2)}, ConversionError, r"got the module Linear: pass its class"),

@@ -136,6 +136,23 @@ def test_what_an_annotation_does_not_tell_may_be_anything():
         plugins.describe("colour", "red", open_ended).build(shade="dark")
 
 
+@pytest.mark.parametrize(
+    ("registry", "written"),
+    [(plugins.rules, "register_rule"), (plugins.adapters, "register_adapter"), (plugins.models, "plugins.models.register")],
+)
+def test_a_decorator_without_a_name_is_refused_at_once(registry: Registry, written: str):
+    before = registry.names()
+    with pytest.raises(
+        InputError, match=rf"^write @fahooks.{written}\('name'\), with the name that users will type \(got <class"
+    ):
+
+        @registry.register  # pyright: ignore[reportArgumentType]
+        class Mine:
+            """Nothing."""
+
+    assert registry.names() == before
+
+
 @pytest.mark.parametrize("thing", [int, len, 3, lambda weight: weight], ids=["class", "function", "object", "lambda"])
 @pytest.mark.parametrize("registry", [plugins.rules, plugins.hooks], ids=lambda registry: registry.kind)
 def test_only_what_can_serve_is_registered(registry: Registry, thing: Any):

@@ -193,7 +193,8 @@ def attach(
 
     Raises:
         UnknownName: no such hook.
-        InputError: an argument of another type, options that a hook does not take, a hook or selector without a weight to act on,
+        InputError: an argument of another type, options that a hook does not take, a hook that does nothing at a step, a hook or
+            selector without a weight to act on,
             a rule that learns on a weight that is no parameter, nothing to run although there are rules that learn, or a hook or
             a rule that is attached already.
     """
@@ -211,7 +212,7 @@ def attach(
             f"{', '.join(hook_options)}: options can stand here where one hook is given, by name or class; otherwise give "
             "{'name': name, option: value} for each"
         )
-    made = [_make(hook, hook_options) for hook in hooks]
+    made = [_checked(_make(hook, hook_options)) for hook in hooks]
     if not made and not rules and any(rule.learns for site in sites if (rule := site.rule()) is not None):
         raise InputError("nothing to attach: no hook is given, and this optimizer updates no weight beside which a rule learns")
     _check_free([*made, *(rule for rule, _ in rules.values())])
@@ -280,6 +281,19 @@ def _make(hook: HookLike, options: Mapping[str, Any]) -> Hook:
     if inspect.isclass(hook) and issubclass(hook, Hook):
         return plugins.describe("hook", hook.__name__, hook).build(**options)
     raise InputError(f"a hook must be a name, a Hook class, a Hook or {{'name': name, option: value}}, got {hook!r}")
+
+
+def _checked(hook: Hook) -> Hook:
+    """Refuse a hook that would do nothing at a step.
+
+    Raises:
+        InputError: names its class.
+    """
+    kind = type(hook)
+    if kind.before_step is Hook.before_step and kind.after_step is Hook.after_step:
+        methods = "before_step(weights) and after_step(weights)"
+        raise InputError(f"hook {_label(hook)!r} does nothing: of a fahooks.Hook's methods {methods} it has neither")
+    return hook
 
 
 def _label(hook: Hook) -> str:

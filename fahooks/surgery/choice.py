@@ -15,10 +15,10 @@ from fahooks import plugins
 from fahooks.rules.backprop import Backprop
 from fahooks.rules.base import DirectRule, FunctionRule, Rule
 from fahooks.rules.direct import FromOutput
-from fahooks.surgery.selection import selector_test
+from fahooks.surgery.selection import deciding_test
 from fahooks.surgery.sites import CONVERTIBLE, ConversionError, Site
 
-RuleLike: TypeAlias = "str | type[Rule] | Callable[[Tensor], Tensor] | Mapping[str, Any]"
+RuleLike: TypeAlias = "str | type[Rule] | Callable[[Tensor], Tensor] | Mapping[Any, Any]"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def rule_chooser(rule: Any, options: Mapping[str, Any], sites: Sequence[Site]) -
     """What tells the rule of each site; None where a mapping of rules has no selector for it.
 
     Raises:
-        ConversionError: `rule` or `options` are of no form that `convert` takes, or a selector selects nothing.
+        ConversionError: `rule` or `options` are of no form that `convert` takes, or a selector selects nothing, or
+            nothing that those before it leave.
     """
     if not isinstance(rule, Mapping) or "rule" in rule:
         choice = _choice(rule, options)
@@ -80,8 +81,11 @@ def rule_chooser(rule: Any, options: Mapping[str, Any], sites: Sequence[Site]) -
         )
     if not rule:
         raise ConversionError("the mapping of rules is empty")
-    table = [(selector_test(selector, sites, "rule"), _choice(value, {})) for selector, value in rule.items()]
-    return lambda site: next((choice for test, choice in table if test(site)), None)
+    tests: list[tuple[Any, Callable[[Site], bool]]] = []
+    for selector in rule:
+        tests.append((selector, deciding_test(selector, tests, sites, "rule")))
+    choices = [_choice(value, {}) for value in rule.values()]
+    return lambda site: next((choice for (_, test), choice in zip(tests, choices, strict=True) if test(site)), None)
 
 
 def _choice(rule: Any, options: Mapping[str, Any]) -> Choice:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -24,6 +25,7 @@ from fahooks.surgery.sites import (
     find_blocks,
     find_sites,
     functional_weights,
+    lineage,
     modules_of,
 )
 
@@ -49,7 +51,8 @@ def convert(
         model: any module. Linear, Conv1d-3d, ConvTranspose1d-3d, their subclasses, nn.MultiheadAttention and every module
             with an adapter are converted. Weights, keys, hooks and parameters' identity stay.
         rule: a registered name, a Rule class, a function W -> B, or an ordered mapping from selectors to any of these (or
-            to {"rule": name, **options}); the first selector that matches decides, layers that none matches stay.
+            to {"rule": name, **options}); the first selector that matches decides, layers that none matches stay. One that
+            decides for no layer is refused, save "*" for the rest.
         include: convert only what this selects: a module type or a glob over qualified names ("layer1.*"), which also select
             everything inside such a module, a compiled regex, a function (name, module) -> bool, or a list of these.
         exclude: leave out what this selects.
@@ -62,8 +65,8 @@ def convert(
 
     Raises:
         UnknownName: no such rule.
-        ConversionError: nothing to convert, a selector that selects nothing, lazy layers not yet materialised, weights on
-            the meta device, or a scripted model.
+        ConversionError: nothing to convert, a selector that selects or decides for nothing, lazy layers not yet materialised,
+            weights on the meta device, or a scripted model.
         InputError: options that the rule does not take, or an argument of another type.
     """
     check_model(model)
@@ -73,6 +76,7 @@ def convert(
     selected = reasons_unselected(sites, include, exclude)
     plan: Plan = []
     named: dict[str, Site] = {}
+    between: dict[str, Choice] = {}
     blocks: dict[str, tuple[Site, Choice]] = {}
     for site in sites:
         reason = site.obstacle or selected[site.name]
@@ -83,6 +87,7 @@ def convert(
             if choice is not None and choice.at:
                 found = find_blocks(model, choice.at)
                 named |= {block.name: block for block in found}
+                between[site.name] = choice
                 _claim_blocks(blocks, found, choice, site)
                 reason = BETWEEN_BLOCKS
             else:
@@ -90,6 +95,7 @@ def convert(
                 reason = _reason_left(choice, new)
         plan.append((site, new, reason))
     _check_blocks(named.values(), plan)
+    _check_at(between, [site.name for site in sites])
     plan += [(block, choice.rule_for_block(block, seed), None) for block, choice in blocks.values()]
     if not any(new for _, new, _ in plan) and not any(reason == LEFT_BY_BP for _, _, reason in plan):
         raise ConversionError(_nothing_converted(plan))
@@ -173,6 +179,28 @@ def _check_blocks(named: Iterable[Site], plan: Plan) -> None:
     for site, rule, _ in plan:
         if rule is not None and id(site.module) in modules:
             raise ConversionError(f"at: {site.name!r} is a layer with a rule of its own, {rule.label!r}: name other modules")
+
+
+def _check_at(between: Mapping[str, Choice], names: Sequence[str]) -> None:
+    """Refuse a pattern of blocks that cuts off no layer.
+
+    Arguments:
+        between: the choices that send errors to blocks, by the names of the layers that they are made for.
+        names: of all layers.
+
+    Raises:
+        ConversionError: names the pattern.
+    """
+    for choice in {id(choice): choice for choice in between.values()}.values():
+        for pattern in choice.at:
+            inside = [name for name in names if fnmatch.filter(lineage(name), pattern)]
+            if not any(between.get(name) is choice for name in inside):
+                what = (
+                    "all layers in what {} selects have another rule or are left out"
+                    if inside
+                    else "no layer lies in what {} selects"
+                )
+                raise ConversionError(f"at: {what.format(repr(pattern))}")
 
 
 def _apply(model: nn.Module, plan: Plan) -> None:

@@ -41,6 +41,13 @@ class LayerReport:
     grows: bool = False
 
     @property
+    def outcome(self) -> str:
+        """What became of it, as printed."""
+        if self.reason is None:
+            return "converted" if self.weight_shape else "converted, at its output"
+        return self.reason if self.reason == BETWEEN_BLOCKS else f"skipped: {self.reason}"
+
+    @property
     def memory(self) -> str:
         """The bytes as printed."""
         return f"{self.memory_bytes}{'+' if self.grows else ''}"
@@ -109,7 +116,7 @@ class Report:
                 "x".join(map(str, layer.weight_shape)),
                 layer.rule,
                 layer.memory,
-                f"skipped: {layer.reason}" if layer.reason else "converted",
+                layer.outcome,
             )
             for layer in self.layers
         ]

@@ -36,9 +36,31 @@ def selector_test(selector: Any, sites: Sequence[Site], role: str) -> Callable[[
     test = _site_test(selector, role)
     if not any(test(site) for site in sites):
         names = [site.name for site in sites]
-        shown = selector if isinstance(selector, str) else getattr(selector, "__name__", selector)
         hint = near(selector, names) if isinstance(selector, str) else ""
-        raise ConversionError(f"{role}: {shown!r} matches none of the {len(sites)} layers{hint or _for_example(names)}")
+        raise ConversionError(f"{role}: {_shown(selector)} matches none of the {len(sites)} layers{hint or _for_example(names)}")
+    return test
+
+
+def deciding_test(
+    selector: Any, before: Sequence[tuple[Any, Callable[[Site], bool]]], sites: Sequence[Site], role: str
+) -> Callable[[Site], bool]:
+    """As `selector_test`, for selectors of which the first that matches decides: one that decides for no site is an error too.
+
+    "*" is none: it says what becomes of the rest, and there may be no rest.
+
+    Arguments:
+        selector: what selects.
+        before: the selectors before it, with their tests.
+        sites: what there is to select.
+        role: what messages call it.
+    """
+    test = selector_test(selector, sites, role)
+    takers = [next((place for place, (_, taken) in enumerate(before) if taken(site)), None) for site in sites if test(site)]
+    if selector != "*" and None not in takers:
+        names = [_shown(other) for place, (other, _) in enumerate(before) if place in takers]
+        take = "takes" if len(names) == 1 else "take"
+        what = f"{' and '.join(names)} before it {take} all that it matches"
+        raise ConversionError(f"{role}: {_shown(selector)} decides for no layer: {what}; put it first")
     return test
 
 
@@ -59,6 +81,10 @@ def _site_test(selector: Any, role: str) -> Callable[[Site], bool]:
     raise ConversionError(
         f"{role}: expected a name pattern, a compiled regex, a module type or a function (name, module) -> bool, got {selector!r}"
     )
+
+
+def _shown(selector: Any) -> str:
+    return repr(selector if isinstance(selector, str) else getattr(selector, "__name__", selector))
 
 
 def _for_example(names: Sequence[str]) -> str:

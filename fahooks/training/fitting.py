@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from fahooks import models, plugins
 from fahooks.plugins import InputError
 from fahooks.recipe import Key, Recipe, RecipeError, Source, find, load_marked
 from fahooks.rules.direct import FromOutput
-from fahooks.surgery.selection import selector_test
+from fahooks.surgery.selection import deciding_test, selector_test
 from fahooks.surgery.sites import Site, find_blocks, find_sites
 
 
@@ -46,8 +46,12 @@ def misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             yield ("model",), str(error)
         return
     sites = list(find_sites(model))
+    before: list[tuple[str, Callable[[Site], bool]]] = []
     for index, entry in enumerate(recipe.feedback):
-        yield from _unmatched(("feedback", index, "match"), entry.match, sites)
+        try:
+            before.append((entry.match, deciding_test(entry.match, before, sites, "match")))
+        except InputError as error:
+            yield ("feedback", index, "match"), str(error).removeprefix("match: ")
         if "at" in entry.options and issubclass(_class(plugins.rules, entry.rule), FromOutput):
             yield from _no_blocks(("feedback", index, "at"), entry.options["at"], model)
     for index, hook in enumerate(recipe.hooks):

@@ -150,12 +150,17 @@ def test_layers_can_be_left_out(file: Path):
 
 
 def test_the_first_of_several_rules_that_matches_decides(file: Path):
-    found = document(f"{file}:small", "--rule", "re:[0-3]=usf", "--rule", "0=bp", "--rule", "sham")
-    assert found["rule"] == {"re:[0-3]": "usf", "0": "bp", "*": "sham"}
+    found = document(f"{file}:small", "--rule", "0=usf", "--rule", "re:[0-4]=sham", "--rule", "bp")
+    assert found["rule"] == {"0": "usf", "re:[0-4]": "sham", "*": "bp"}
     assert [layer["rule"] for layer in found["layers"]] == ["usf", "sham"]
     found = document(f"{file}:small", "--rule", "0=bp", "--rule", "*=fa")
     assert [layer["reason"] for layer in found["layers"]] == ["rule bp: left as it is", None]
     assert found["exit_code"] == 0
+
+
+def test_a_rule_that_decides_for_no_layer_is_refused(file: Path):
+    line = refused(f"{file}:small", "--rule", "fa", "--rule", "4=bp")
+    assert line == "rule: '4' decides for no layer: '*' before it takes all that it matches; put it first"
 
 
 def test_a_rule_by_pattern_leaves_the_rest_to_backprop(file: Path):

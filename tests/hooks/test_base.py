@@ -9,6 +9,7 @@ from torch import nn
 
 import fahooks
 from fahooks import plugins
+from fahooks.plugins import InputError
 from fahooks.recipe import RecipeError, Source, load
 from fahooks.training.setup import prepare
 
@@ -65,6 +66,21 @@ def test_a_plugin_hook_is_used_in_python_and_in_recipes(
         RecipeError, match=r"hooks.0.ceilling: hook 'ceiling' has no such option \(got 2\) - did you mean 'ceiling'"
     ):
         load(Source("r.yaml", RECIPE), ["hooks=[{name: ceiling, ceilling: 2}]"])
+
+
+def test_a_hook_that_does_nothing_is_refused(net: Callable[..., Any]):
+    class Misspelt(fahooks.Hook):
+        def afterstep(self, weights: Mapping[str, nn.Parameter]) -> None:
+            """Meant to be after_step."""
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for hook in (Misspelt, Misspelt()):
+        with pytest.raises(
+            InputError, match=r"^hook 'Misspelt' does nothing: of a fahooks.Hook's methods before_step\(weights\)"
+        ):
+            fahooks.attach(model, optimizer, hook)
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_every_hook_describes_itself():

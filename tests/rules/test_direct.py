@@ -897,6 +897,42 @@ def test_blocks_that_are_named_wrongly_are_refused_with_a_near_miss() -> None:
     assert not feedback_layers(net)
 
 
+class Padded(Residual):
+    """With a module that holds no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"rule": "dfa", "at": "pool"}, "^at: no layer lies in what 'pool' selects$"),
+        ({"rule": "dfa", "at": ["pool", "blocks.?"]}, "^at: no layer lies in what 'pool' selects$"),
+        (
+            {"blocks.0": "bp", "*": {"rule": "dfa", "at": ["blocks.0", "blocks.1"]}},
+            "^at: all layers in what 'blocks.0' selects have another rule or are left out$",
+        ),
+    ],
+)
+def test_a_pattern_of_blocks_that_cuts_off_no_layer_is_refused(rule: Any, message: str) -> None:
+    net = Padded()
+    with pytest.raises(InputError, match=message):
+        fahooks.convert(net, rule)
+    assert not feedback_layers(net)
+    assert fahooks.convert(net, "dfa", at="blocks.?").converted == BLOCKS
+
+
+def test_the_report_says_which_layers_are_cut_at_their_outputs() -> None:
+    lines = str(fahooks.convert(Residual(), "dfa", at=["blocks.?", "stem"])).splitlines()
+    assert [line.split("  ")[-1].strip() for line in lines if line.startswith("stem ")] == [
+        "backpropagation: the error is sent to the outputs of blocks",
+        "converted, at its output",
+    ]
+    assert "skipped: " not in "".join(lines) and lines[-2].startswith("4 blocks converted, 8 layers in and between them by")
+
+
 def test_other_rules_hold_inside_of_blocks_and_beside_them() -> None:
     net = Residual()
     report = fahooks.convert(net, {"blocks.1.fc2": "fa", "head": "usf", "*": {"rule": "dfa", "at": "blocks.?"}})

@@ -34,6 +34,11 @@ def recipe(model: str = "{name: paper/mnist}", feedback: str = ALL, hooks: str =
             "'outptu' matches none of the 4 layers",
         ),
         ({"feedback": "[{rule: bp}, {match: 're:(', rule: fa}]"}, ("feedback", 1, "match"), "'re:(' is no regular expression: "),
+        (
+            {"feedback": "[{rule: fa}, {match: output, rule: bp}]"},
+            ("feedback", 1, "match"),
+            "'output' decides for no layer: '*' before it takes all that it matches; put it first",
+        ),
         ({"feedback": "[{rule: dfa, at: 'block?'}]"}, ("feedback", 0, "at"), "'block?' matches none of the "),
         ({"feedback": "[{rule: dfa, at: [dense, x]}]"}, ("feedback", 0, "at"), "'x' matches none of the "),
         ({"hooks": "[{name: manhattan, match: 'nox*'}]"}, ("hooks", 0, "match"), "'nox*' matches none of the 4 layers"),
