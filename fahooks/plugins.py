@@ -94,7 +94,8 @@ class Entry:
                 raise InputError(f"{what} has no option {option!r}{near(option, self.options)}")
         missing = [o for o, default in self.options.items() if default is inspect.Parameter.empty and o not in options]
         if missing:
-            raise InputError(f"{what} needs {', '.join(missing)}")
+            noun = "option" if len(missing) == 1 else "options"
+            raise InputError(f"{what} needs the {noun} {', '.join(map(repr, missing))}")
         if not options:
             return
         from pydantic import ValidationError
@@ -283,8 +284,10 @@ def load_plugins() -> None:
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """A clause for an error message with the known names closest to `name`, empty where none is close."""
+    """A clause for an error message with the known names closest to `name`, one alone that differs in case only; else empty."""
     known = list(known)
+    if same := [k for k in known if k.lower() == name.lower()]:
+        return f" - did you mean {same[0]!r}?"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     close += [k for k in known if name and name.lower() in k.lower() and k not in close][: 3 - len(close)]
     return f" - did you mean {', '.join(map(repr, close))}?" if close else ""

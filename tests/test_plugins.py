@@ -92,7 +92,7 @@ def test_build_refuses_an_unknown_option_with_near_misses(colours: Registry):
 
 
 def test_build_refuses_a_missing_option(colours: Registry):
-    with pytest.raises(InputError, match="^colour 'crimson' needs shade$"):
+    with pytest.raises(InputError, match="^colour 'crimson' needs the option 'shade'$"):
         colours.get("crimson").build()
 
 
@@ -211,6 +211,11 @@ def test_a_module_that_is_imported_again_may_register_again():
 )
 def test_near_names_what_is_close_or_contains(name: str, hint: str):
     assert near(name, ["bp", "fa", "usf_sn"]) == hint
+
+
+def test_a_name_that_differs_in_case_only_is_named_alone():
+    assert near("USF_sn", ["usf_sn", "usf_sn2"]) == " - did you mean 'usf_sn'?"
+    assert near("usf_s", ["usf_sn", "usf_sn2"]) == " - did you mean 'usf_sn', 'usf_sn2'?", "control"
 
 
 @pytest.fixture

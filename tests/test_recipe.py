@@ -393,6 +393,33 @@ def test_mappings_merge_with_the_base_and_lists_replace(tmp_path: Path):
     assert [f.rule for f in read.feedback] == ["usf_sn"]
 
 
+def test_a_section_that_names_another_thing_takes_nothing_over(tmp_path: Path):
+    write(
+        tmp_path,
+        parent=GOOD,
+        other="base: parent.yaml\nmodel: {name: timm/resnet10t}\noptim: {name: sgd, lr: 1}\nschedule: {name: cosine}\n",
+        same="base: parent.yaml\nmodel: {name: paper/mnist, activation: tanh}\nschedule: {name: step, every: 3}\n",
+        short="base: parent.yaml\noptim: {name: sgd}\n",
+    )
+    read = load(find(str(tmp_path / "other.yaml")))
+    assert (read.model.options, read.optim, read.schedule) == ({}, recipe.SGD(name="sgd", lr=1), recipe.Cosine(name="cosine"))
+    read = load(find(str(tmp_path / "same.yaml")))
+    assert read.model.options == {"init": "fan_in", "activation": "tanh"}
+    assert read.schedule == recipe.Step(name="step", every=3, gamma=0.1)
+    assert problems(find(str(tmp_path / "short.yaml"))) == [
+        f"{tmp_path / 'short.yaml'}:2: optim.lr: is missing: that of 'adam' is not taken over"
+    ]
+
+
+def test_naming_another_thing_by_set_keeps_what_was_set():
+    for changes in (["model.name=timm/resnet10t", "model.block_args=3"], ["model.block_args=3", "model.name=timm/resnet10t"]):
+        assert load(source(), changes).model.options == {"block_args": 3}
+    assert load(source(), ["model.name=paper/mnist"]).model.options == {"init": "fan_in"}
+    assert problems(source(), "optim.name=sgd") == ["--set: optim.lr: is missing: that of 'adam' is not taken over"]
+    with pytest.raises(RecipeError, match="^--sweep: model.name: timm has no model named 'nothing'"):
+        load(source(), swept=["model.name=timm/nothing"])
+
+
 def test_a_shipped_recipe_can_be_the_base(tmp_path: Path):
     write(tmp_path, mine="base: mnist/fa\nname: mine\nseed: 4\n")
     read = load(find(str(tmp_path / "mine.yaml")))

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +15,7 @@ import torch
 
 from fahooks.data.examples import Files, Images
 from fahooks.data.order import shuffled
-from fahooks.plugins import InputError, datasets
+from fahooks.plugins import InputError, check_type, datasets
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10, MNIST
@@ -35,6 +36,14 @@ class Dataset:
     train: Images | Files
     test: Images | Files
     classes: int
+
+    def __post_init__(self) -> None:
+        """Check `classes`, which a list of names is easily given for.
+
+        Raises:
+            InputError: it is no number.
+        """
+        check_type(f"classes of dataset {self.name!r}", self.classes, Integral, "their number")
 
     @property
     def shape(self) -> tuple[int, int, int]:

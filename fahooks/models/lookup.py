@@ -74,7 +74,7 @@ def check(spec: str) -> None:
     """
     if ".py:" in spec:
         raise UnknownName(f"{spec!r} is a file: only registered models, timm/NAME and torchvision/NAME can be named here")
-    _resolve(spec)
+    _resolve(spec, "timm/NAME and torchvision/NAME")
 
 
 def input_size(model: nn.Module, spec: str) -> tuple[int, ...]:
@@ -101,7 +101,7 @@ def input_size(model: nn.Module, spec: str) -> tuple[int, ...]:
     )
 
 
-def _resolve(spec: str) -> Callable[..., Any]:
+def _resolve(spec: str, others: str = "timm/NAME, torchvision/NAME and path/to/file.py:factory") -> Callable[..., Any]:
     if ".py:" in spec:
         return _factory(spec)
     if spec in models:
@@ -117,8 +117,7 @@ def _resolve(spec: str) -> Callable[..., Any]:
         *(f"torchvision/{n}" for n in _torchvision().list_models()),
     ]
     raise UnknownName(
-        f"no model is named {spec!r}{near(spec, known)}; `fahooks ls models` lists the registered ones, "
-        "and timm/NAME, torchvision/NAME and path/to/file.py:factory work too"
+        f"no model is named {spec!r}{near(spec, known)}; `fahooks ls models` lists the registered ones, and {others} work too"
     )
 
 

@@ -68,6 +68,8 @@ def add_schema_problems(
         text = either(wordings)
         value = tree.get(key)
         got = "" if text.startswith("is missing") else f" (got {shown(value)})"
+        if text == "is missing" and key[:-1] in tree.renamed:
+            text += f": that of {shown(tree.renamed[key[:-1]])} is not taken over"
         text, dash, hint = text.partition(" - did you mean")
         tree.problem(key, f"{text}{got}{dash}{hint}")
 

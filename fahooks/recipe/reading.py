@@ -262,9 +262,9 @@ def _add_base(tree: Tree, own: Tree, base: Any, source: Source, above: tuple[str
 
 
 def _merge(tree: Tree, data: dict[str, Any], marks: Mapping[Key, str]) -> None:
-    """Write `data` over the tree: mappings merge, everything else replaces."""
+    """Write `data` over the tree: mappings merge, save those that name another thing; everything else replaces."""
     replaced: set[Key] = set()
-    _overlay(tree.data, data, (), replaced)
+    _overlay(tree, tree.data, data, (), replaced)
 
     def of_replaced(key: Key) -> bool:
         return any(key[:length] in replaced for length in range(1, len(key) + 1))
@@ -273,14 +273,21 @@ def _merge(tree: Tree, data: dict[str, Any], marks: Mapping[Key, str]) -> None:
     tree.marks = kept | {key: mark for key, mark in marks.items() if of_replaced(key)}
 
 
-def _overlay(target: dict[str, Any], data: dict[str, Any], at: Key, replaced: set[Key]) -> None:
+def _overlay(tree: Tree, target: dict[str, Any], data: dict[str, Any], at: Key, replaced: set[Key]) -> None:
     for name, value in data.items():
         below = target.get(name)
-        if isinstance(value, dict) and isinstance(below, dict):
-            _overlay(below, value, (*at, name), replaced)
+        if isinstance(value, dict) and isinstance(below, dict) and not _names_another(value, below):
+            _overlay(tree, below, value, (*at, name), replaced)
         else:
+            if isinstance(value, dict) and isinstance(below, dict):
+                tree.renamed[*at, name] = below["name"]
             target[name] = value
             replaced.add((*at, name))
+
+
+def _names_another(section: Mapping[Any, Any], below: Mapping[Any, Any]) -> bool:
+    """Whether a section, such as model or optim, names another thing than the one `below`, whose options are not its own."""
+    return "name" in section and "name" in below and section["name"] != below["name"]
 
 
 def add_override(tree: Tree, override: str, option: str = "--set") -> None:
@@ -328,6 +335,8 @@ def _set(tree: Tree, key: Key, value: Any, marks: Mapping[Key, str], option: str
         target = child_of(target, part)
     last = key[-1]
     if isinstance(target, dict | list):
+        if len(key) == 2 and isinstance(target, dict) and _names_another({last: value}, target):
+            _drop_options(tree, key[:1], target, option)
         for old in [k for k in tree.marks if k[: len(key)] == key]:
             del tree.marks[old]
         tree.marks |= marks
@@ -335,3 +344,13 @@ def _set(tree: Tree, key: Key, value: Any, marks: Mapping[Key, str], option: str
         cast(Any, target)[last] = value
     else:
         tree.problem(key, f"there is no such key, since {dotted(key[:-1])} is {shown(tree.get(key[:-1]))}", where=option)
+
+
+def _drop_options(tree: Tree, section: Key, options: dict[str, Any], where: str) -> None:
+    """Take the options of what a section named out of it, save those that the command line has set."""
+    tree.renamed[section] = options["name"]
+    for name in [name for name in options if name != "name" and not tree.mark((*section, name)).startswith("--")]:
+        del options[name]
+        for old in [key for key in tree.marks if key[:2] == (*section, name)]:
+            del tree.marks[old]
+    tree.marks[section] = where

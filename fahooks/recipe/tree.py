@@ -22,12 +22,14 @@ class Tree:
         marks: file:line of a key, or the option of the command line that set it.
         problems: a line each.
         whole: False once a file could not be read: what is missing then may be in it.
+        renamed: what a section named before another name, whose options these are not, took its place.
     """
 
     data: Any = field(default_factory=dict)
     marks: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     whole: bool = True
+    renamed: dict[Key, Any] = field(default_factory=dict)
 
     def mark(self, key: Key) -> str:
         """Where `key`, or the closest section around it, was written."""

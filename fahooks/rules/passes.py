@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
-from fahooks.plugins import InputError
+from fahooks.plugins import InputError, check_type
 from fahooks.rules.base import DirectRule, Layout, check_model
 from fahooks.rules.direct_matrix import Units
 
@@ -239,11 +240,13 @@ def targets(model: nn.Module, labels: Tensor, *, scale: float | Tensor = 1.0) ->
         scale: what the mean loss is multiplied by, as by a GradScaler or for gradient accumulation; a number, or a tensor [].
 
     Raises:
-        InputError: the labels are no tensor.
+        InputError: the labels are no tensor, or the scale is no number.
     """
     check_model(model)
     if not isinstance(labels, Tensor):
         raise InputError(f"targets must be a tensor of class indices or values, got a {type(labels).__name__}")
+    if not isinstance(scale, Tensor):
+        check_type("scale", scale, Real, "a number or a tensor")
     watched = passes_of(model)
     before = [passes.targets for passes in watched]
     for passes in watched:

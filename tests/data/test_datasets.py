@@ -201,6 +201,12 @@ def test_an_unknown_dataset_has_near_misses():
         datasets.load("digit", root="x", download=False)
 
 
+def test_the_classes_of_a_dataset_are_a_number():
+    images = Images(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1]))
+    with pytest.raises(InputError, match=r"^classes of dataset 'mine' must be their number, got \['cat', 'dog'\]$"):
+        datasets.Dataset("mine", images, images, ["cat", "dog"])  # pyright: ignore[reportArgumentType]
+
+
 def test_the_default_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FAHOOKS_DATA", "/somewhere")
     assert datasets.default_root() == "/somewhere"

@@ -101,6 +101,8 @@ def test_what_is_wrong_with_a_factory_is_said(factory: Path, tmp_path: Path):
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere")
     with pytest.raises(InputError, match="importing .* failed: ModuleNotFoundError"):
         models.build(f"{tmp_path}/broken.py:small")
+    with pytest.raises(UnknownName, match="timm/NAME and torchvision/NAME work too$"):
+        models.check("paper/mnits")
     with pytest.raises(UnknownName, match="is a file"):
         models.check(f"{factory}:small")
 

@@ -317,6 +317,8 @@ def test_targets_nest_and_are_restored_when_the_body_raises() -> None:
 
 def test_targets_that_are_no_tensor_are_refused() -> None:
     labels: Any = [0, 1]
+    with pytest.raises(InputError, match="scale must be a number or a tensor, got 'a'"):
+        fahooks.targets(converted("drtp"), torch.zeros(3), scale="a").__enter__()  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="targets must be a tensor of class indices or values, got a list"):
         with fahooks.targets(converted("drtp"), labels):
             raise RuntimeError("the body ran")
