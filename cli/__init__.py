@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from typing import Any
 
@@ -73,7 +74,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an `InputError` ends it with one line and exit code 2, a run that `Failed` with exit code 1."""
+        """Run the command; an `InputError` ends it with one line and exit code 2, a run that `Failed` with 1, Ctrl-C with 130."""
         with warnings.catch_warnings():
             _print_own_warnings()
             try:
@@ -87,6 +88,9 @@ class LazyGroup(click.Group):
                 raise Refusal(str(error)) from error
             except Failed as error:
                 raise Fault(str(error)) from error
+            except KeyboardInterrupt:  # while modules are imported, say: a run that is under way says more itself
+                click.echo("fahooks: stopped", err=True)
+                sys.exit(130)
 
 
 def _worded(error: click.UsageError) -> str:

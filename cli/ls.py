@@ -27,6 +27,7 @@ REGISTRIES: dict[str, Registry] = {
     )
 }
 KINDS = [*REGISTRIES, "recipes"]
+COLUMNS = ("name", "summary", "options", "paper")
 ZOOS = ("timm", "torchvision")
 
 
@@ -62,15 +63,17 @@ def ls(kind: str, pattern: str | None) -> None:
         if not entries:
             click.echo(f"no {REGISTRIES[kind].kind} is registered")
             return
-        matching = [entries[name] for name in _matching(kind, entries, pattern)]
-        rows = [(entry.name, entry.summary, _options(entry.options), entry.paper) for entry in matching]
-        print_rows(("name", "summary", "options", "paper"), rows)
+        print_rows(COLUMNS, [_row(entries[name]) for name in _matching(kind, entries, pattern)])
         if kind == "models":
             click.echo(
                 "A model may also be timm/NAME, torchvision/NAME or path/to/file.py:factory; "
                 "`fahooks ls models 'timm/resnet*'` lists names.",
                 err=True,
             )
+
+
+def _row(entry: plugins.Entry) -> tuple[str, str, str, str]:
+    return entry.name, entry.summary, _options(entry.options), entry.paper
 
 
 def _matching(kind: str, names: Iterable[str], pattern: str | None) -> list[str]:
@@ -85,11 +88,14 @@ def _matching(kind: str, names: Iterable[str], pattern: str | None) -> list[str]
 
 
 def _print_models(pattern: str) -> None:
-    """One model name a line: registered ones and those of the model libraries that `pattern` can mean."""
+    """The registered models, with their options, and the names of those of the model libraries that `pattern` can mean."""
     library = pattern.partition("/")[0] if "/" in pattern else "*"
     names = [*plugins.models.names(), *(name for zoo in ZOOS if fnmatch.fnmatchcase(zoo, library) for name in _zoo(zoo))]
-    for name in _matching("models", names, pattern):
-        click.echo(name)
+    found = _matching("models", names, pattern)
+    if any(name in plugins.models for name in found):
+        print_rows(COLUMNS, [_row(plugins.models.get(name)) if name in plugins.models else (name, "", "", "") for name in found])
+    else:
+        click.echo("\n".join(found))
 
 
 def _zoo(library: str) -> list[str]:

@@ -176,7 +176,8 @@ def attach(
     Weights are changed in place and keep their identity. Any `torch.optim` optimizer will do, fused ones, closures and
     GradScalers included: a step that a scaler skips runs no hook. Only weights that this optimizer updates are acted on.
     Layers whose weight is computed from other parameters (weight_norm and other parametrizations, pruning) are left out.
-    Load a checkpoint of the optimizer after attaching, since `kp` gives it parameters. What is attached later comes on top.
+    Load a checkpoint of the optimizer after attaching, since `kp` gives it parameters, which stay until `remove()`: `revert`
+    leaves the optimizer alone. What is attached later comes on top.
 
     Arguments:
         model: converted beforehand, if at all.

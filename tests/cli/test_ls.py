@@ -91,9 +91,16 @@ def test_datasets_have_the_options_that_dataset_options_takes():
     ],
 )
 def test_models_are_searched_in_the_libraries(pattern: str, found: str, absent: str):
-    names = fahooks("ls", "models", pattern).stdout.splitlines()
+    names = [line.partition("\t")[0] for line in fahooks("ls", "models", pattern).stdout.splitlines()]
     assert found in names
     assert absent not in names
+
+
+def test_models_that_a_pattern_finds_have_their_options():
+    (head, *rows) = fahooks("ls", "models", "paper/mni*").stdout.splitlines()
+    assert head == "name\tsummary\toptions\tpaper"
+    (row,) = rows
+    assert row.startswith("paper/mnist\t") and "init=fan_in" in row
 
 
 def test_a_model_that_no_library_has_is_refused():
