@@ -93,13 +93,13 @@ def dry_run(name: str, overrides: Sequence[str] = ()) -> Cost:
         # Where an epoch has one batch, the next epoch gives the second one.
         batches = itertools.chain.from_iterable(itertools.repeat(setup.train))
         first = next(batches)
-        outcome = take_step(setup, first)
+        losses = sum(outcome.losses.item() for outcome in take_step(setup, first))
         step = _timed(setup, lambda: take_step(setup, next(batches)))
         evaluated = next(iter(setup.validation))
         evaluation = _timed(setup, lambda: evaluate(setup, [evaluated], "validation"))
     cuda = setup.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Cost(setup, outcome.losses.item() / max(1, int(first.valid.sum())), step, evaluation, evaluated.count, peak)
+    return Cost(setup, losses / max(1, int(first.valid.sum())), step, evaluation, evaluated.count, peak)
 
 
 def _timed(setup: Setup, work: Callable[[], Any]) -> float:

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fahooks.data import Batch
 from fahooks.plugins import InputError
 from fahooks.probes import Probe
+from fahooks.rules import IGNORED
 from fahooks.training import checkpoint
 from fahooks.training.checkpoint import Checkpoints, Progress
 from fahooks.training.distributed import any_rank, rank, share_buffers, total, world
@@ -27,7 +28,7 @@ from fahooks.training.failures import recorded
 from fahooks.training.progress import Display
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import Setup
-from fahooks.training.step import Outcome, counted, known, loss_of, right_answers, take_step
+from fahooks.training.step import Outcome, counted, known, loss_of, take_step
 from fahooks.training.stopping import Stop, Stopped
 
 # How many steps apart the loss is looked at: each look makes the host wait for the device.
@@ -244,14 +245,14 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
     every = setup.recipe.probes.every
     if progress.batch == 0:
         progress.lr = setup.optimizer.param_groups[0]["lr"]
-    outcomes: list[Outcome] = []  # of the steps since the last look
+    outcomes: list[Outcome] = []  # since the last look
     begun = time.perf_counter() - progress.epoch_seconds
     setup.train.set_epoch(epoch, start=progress.batch)
     for batch in () if sitting.ended else setup.train:
         if every and progress.step % every == 0:
             _measure(setup, sitting.probe, batch)
             _log_probe(sitting, epoch)
-        outcomes.append(take_step(setup, batch))
+        outcomes += take_step(setup, batch)
         progress.step += 1
         progress.batch += 1
         last = progress.batch == len(setup.train) or sitting.ended
@@ -281,13 +282,14 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
 
 
 def _add(progress: Progress, outcomes: list[Outcome]) -> None:
-    """Count what steps found, over all ranks; one step after the other, so that sums have the same bits wherever looks were."""
-    losses, right, counts = zip(*outcomes, strict=True)
-    sums = total(torch.stack([torch.stack(losses).double(), torch.stack(right)])).tolist()
-    for loss, correct, count in zip(*sums, counts, strict=True):
+    """Count what passes found, on all ranks; losses one after the other, so that sums have the same bits wherever looks were."""
+    losses, answers, labels = zip(*outcomes, strict=True)
+    for loss in total(torch.stack(losses).double()).tolist():
         progress.loss_sum += loss
-        progress.wrong += int(count) - int(correct)
-        progress.seen += int(count)
+    given, wanted = torch.cat(answers), torch.cat(labels)
+    right, seen = total(torch.stack([(given == wanted).sum(), (wanted != IGNORED).sum()])).tolist()
+    progress.wrong += seen - right
+    progress.seen += seen
 
 
 def _shown(progress: Progress) -> dict[str, float]:
@@ -314,7 +316,8 @@ def evaluate(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None
         with setup.autocast:
             logits = model(batch.images)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        sums += torch.stack([loss.double(), right_answers(logits, labels).double(), batch.valid.sum().double()])
+        right = (logits.argmax(1) == labels).sum()
+        sums += torch.stack([loss.double(), right.double(), batch.valid.sum().double()])
     loss, right, seen = total(sums).tolist()
     if not seen:
         raise InputError(f"no image of the {name} split can be decoded, so there is nothing to measure an error on")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -19,28 +17,31 @@ from fahooks.training.setup import Setup
 
 
 class Outcome(NamedTuple):
-    """What a step found with the weights from before it: tensors, for whoever reads a number makes the host wait.
+    """What a pass found with the weights from before its step: tensors, for whoever reads a number makes the host wait.
 
     Attributes:
         losses: of this rank's examples, added up, float32 [].
-        right: how many of its answers were right, int64 [].
-        count: how many examples the step learned from, over all ranks; a number, or int64 [].
+        answers: the class that each was taken for, int64 [N].
+        labels: its own class, int64 [N], IGNORED where it does not count.
     """
 
     losses: Tensor
-    right: Tensor
-    count: int | Tensor
+    answers: Tensor
+    labels: Tensor
 
 
-def take_step(setup: Setup, batch: Batch) -> Outcome:
+def take_step(setup: Setup, batch: Batch) -> list[Outcome]:
     """One step of the optimizer, on the gradient of the mean loss over what can be learned from of a batch, on all ranks.
 
     Arguments:
         setup: what `prepare` made.
         batch: what to learn from, in `train.accumulate` passes.
+
+    Returns:
+        What each pass found.
     """
     config = setup.recipe.train
-    losses, right = [], []
+    outcomes = []
     count = counted(setup, batch)
     passes = batch.split(config.accumulate, setup.train.view.world)
 
@@ -50,8 +51,7 @@ def take_step(setup: Setup, batch: Batch) -> Outcome:
         with reducing(setup.wrapped, last=number == len(passes)):
             loss, summed, logits = loss_of(setup, setup.forward, part.images, labels, count=count)
             loss.backward()
-        losses.append(summed.detach())
-        right.append(right_answers(logits, labels))
+        outcomes.append(Outcome(summed.detach(), logits.argmax(1), labels))
 
     if config.clip_norm is not None:
         setup.scaler.unscale_(setup.optimizer)
@@ -61,7 +61,7 @@ def take_step(setup: Setup, batch: Batch) -> Outcome:
     setup.schedule.step()
     if setup.average is not None:
         setup.average.update()
-    return Outcome(reduce(operator.add, losses), reduce(operator.add, right), count)
+    return outcomes
 
 
 def loss_of(
@@ -103,8 +103,3 @@ def counted(setup: Setup, batch: Batch) -> int | Tensor:
 def known(batch: Batch) -> Tensor:
     """The labels of a batch, int64 [N], IGNORED where an example does not count."""
     return batch.labels.masked_fill(~batch.valid, IGNORED)
-
-
-def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many answers are right, int64 []."""
-    return (logits.argmax(1) == labels).sum()

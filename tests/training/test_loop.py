@@ -27,7 +27,7 @@ from fahooks.training.checkpoint import Checkpoints
 from fahooks.training.loop import Result, train
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import prepare
-from fahooks.training.step import Outcome
+from fahooks.training.step import Outcome, known
 from fahooks.training.stopping import Stop
 
 from .conftest import SOURCE
@@ -314,8 +314,8 @@ def test_skipped_images_are_left_out_of_the_training_error(tiny: Tiny, tmp_path:
         return replace(batch, valid=torch.arange(len(batch.labels)) % 2 == 0)
 
     monkeypatch.setattr(Stream, "_batch", half)
-    none_right = torch.tensor(0)
-    monkeypatch.setattr(loop, "take_step", lambda _, batch: Outcome(2.0 * batch.valid.sum(), none_right, batch.valid.sum()))
+    wrong = lambda _, batch: [Outcome(2.0 * batch.valid.sum(), batch.labels + 1, known(batch))]  # noqa: E731
+    monkeypatch.setattr(loop, "take_step", wrong)
     setup = prepare(tiny("train.epochs=1", "probes.every=null"))
     directory = RunDirectory.create(setup.recipe, SOURCE, out=tmp_path / "half")
     train(setup, directory)

@@ -42,6 +42,13 @@ def in_double(model: nn.Module) -> nn.Module:
     return model.double()
 
 
+def found_by_a_step(setup: Setup, batch: Batch) -> tuple[float, int, int]:
+    """The losses added up, the number of right answers, and that of all examples that count, of the passes of a step."""
+    outcomes = take_step(setup, batch)
+    right = sum(int((o.answers == o.labels).sum()) for o in outcomes)
+    return sum(o.losses.item() for o in outcomes), right, sum(int((o.labels != IGNORED).sum()) for o in outcomes)
+
+
 def weights(setup: Setup) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in setup.model.named_parameters()}
 
@@ -56,12 +63,12 @@ def test_a_batch_in_several_passes_is_the_whole_batch(tiny: Tiny, rule: str, pas
     trained = []
     for accumulate in (1, passes):
         setup, batch = in_float64(tiny(SGD, f"feedback=[{{rule: {rule}}}]", f"train.accumulate={accumulate}"))
-        seen = [take_step(setup, batch) for _ in range(3)]
-        trained.append((weights(setup), [(found.losses.item(), found.right.item()) for found in seen]))
+        seen = [found_by_a_step(setup, batch) for _ in range(3)]
+        trained.append((weights(setup), seen))
     (whole, seen_whole), (parts, seen_parts) = trained
     torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-12)
-    assert [right for _, right in seen_parts] == [right for _, right in seen_whole]
-    assert [loss for loss, _ in seen_parts] == pytest.approx([loss for loss, _ in seen_whole])
+    assert [counts for _, *counts in seen_parts] == [counts for _, *counts in seen_whole]
+    assert [loss for loss, *_ in seen_parts] == pytest.approx([loss for loss, *_ in seen_whole])
     assert far(whole, weights(in_float64(tiny())[0])), "control: the weights did not move"
 
 
@@ -71,7 +78,7 @@ def test_the_step_is_that_of_the_mean_loss_written_by_hand(tiny: Tiny):
     model = other.model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
-        loss = take_step(setup, batch).losses
+        loss, *_ = found_by_a_step(setup, batch)
         expected = torch.full((7, 10), 0.3 / 10, dtype=torch.float64)
         expected[torch.arange(7), batch.labels] += 0.7
         by_hand = -(expected * model(batch.images).log_softmax(1)).sum(1).mean()
@@ -83,7 +90,7 @@ def test_the_step_is_that_of_the_mean_loss_written_by_hand(tiny: Tiny):
             assert p.grad is not None
             p.grad *= 0.2 / norm
         optimizer.step()
-        assert loss.item() / 7 == pytest.approx(by_hand.item(), rel=1e-6)
+        assert loss / 7 == pytest.approx(by_hand.item(), rel=1e-6)
     # clip_grad_norm_ divides by the norm plus 1e-6.
     torch.testing.assert_close(weights(setup), dict(model.named_parameters()), rtol=1e-6, atol=1e-7)
     for without in ("train.clip_norm=null", "train.label_smoothing=0"):
@@ -188,7 +195,7 @@ def test_the_mean_is_that_of_the_files_that_were_not_skipped(tiny: Tiny, rule: s
     skip = (f"feedback=[{{rule: {rule}}}]", "data.corrupt=skip")
     setup, batch = in_float64(tiny(*skip, f"train.accumulate={passes}"))
     valid = torch.tensor([True, False, True, True, True, False, True])
-    found = take_step(setup, replace(batch, valid=valid))  # a loader that skips files counts them: see test_conformance
+    loss, _, count = found_by_a_step(setup, replace(batch, valid=valid))
     model = in_float64(tiny(*skip))[0].model
     with targets(model, batch.labels[valid]):
         by_hand = F.cross_entropy(model(batch.images[valid]), batch.labels[valid])
@@ -196,16 +203,15 @@ def test_the_mean_is_that_of_the_files_that_were_not_skipped(tiny: Tiny, rule: s
     gradients = {name: p.grad for name, p in setup.model.named_parameters()}
     expected = {name: p.grad for name, p in model.named_parameters()}
     torch.testing.assert_close(gradients, expected, rtol=1e-10, atol=1e-12)
-    assert found.count == 5
-    assert found.losses.item() / 5 == pytest.approx(by_hand.item())
+    assert count == 5
+    assert loss / 5 == pytest.approx(by_hand.item())
     counted = loss_of(setup, setup.model, batch.images, batch.labels.masked_fill(~valid, IGNORED), count=batch.count)[0]
     assert counted.item() < 0.8 * by_hand.item(), "control: skipped files are counted"
 
 
 def test_a_batch_of_which_all_files_were_skipped_has_no_gradient(tiny: Tiny):
     setup, batch = in_float64(tiny("data.corrupt=skip"))
-    found = take_step(setup, replace(batch, valid=torch.zeros(7, dtype=torch.bool)))
-    assert (found.losses.item(), found.right.item(), found.count) == (0, 0, 0)
+    assert found_by_a_step(setup, replace(batch, valid=torch.zeros(7, dtype=torch.bool))) == (0, 0, 0)
     assert all((p.grad == 0).all() for p in setup.model.parameters() if p.grad is not None)
 
 
@@ -214,13 +220,13 @@ def test_examples_that_only_fill_up_change_nothing(tiny: Tiny, rule: str):
     options = (SGD, f"feedback=[{{rule: {rule}}}]", "train.label_smoothing=0.1", "train.accumulate=2")
     setup, batch = in_float64(tiny(*options))
     valid = torch.tensor([True, False, True, True, True, False, True])
-    found = take_step(setup, replace(batch, valid=valid, count=5))
+    loss, *counts = found_by_a_step(setup, replace(batch, valid=valid, count=5))
     other, _ = in_float64(tiny(*options))
     few = Batch(batch.images[valid], batch.labels[valid], batch.index[valid], valid[valid], 5)
-    expected = take_step(other, few)
+    expected_loss, *expected_counts = found_by_a_step(other, few)
     torch.testing.assert_close(weights(setup), weights(other), rtol=1e-10, atol=1e-12)
-    assert found.losses.item() == pytest.approx(expected.losses.item())
-    assert (found.right, found.count) == (expected.right, expected.count)
+    assert loss == pytest.approx(expected_loss)
+    assert counts == expected_counts
     whole, _ = in_float64(tiny(*options))
     take_step(whole, batch)
     assert far(weights(whole), weights(setup)), "control: the examples would change something"
