@@ -117,7 +117,8 @@ def _choice_of(entry: plugins.Entry, options: Mapping[str, Any]) -> Choice:
     if rule.around is DirectRule.around if direct else rule.forward is Rule.forward:
         missing = "DirectRule has a method around(call, input)" if direct else "fahooks.Rule has a method forward(weight)"
         raise ConversionError(f"rule {entry.name!r} does not say what it sends back: a subclass of {missing}")
-    entry.build(**options)
+    if "_modules" not in vars(entry.build(**options)):
+        raise ConversionError(f"rule {entry.name!r}: the __init__ of {rule.__name__} must begin with super().__init__()")
     return Choice(lambda: rule(**options), (rule, *_flat(options)), entry.name)
 
 

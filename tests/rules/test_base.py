@@ -255,3 +255,15 @@ def test_rules_say_what_their_user_should_know() -> None:
     assert [note.partition(":")[0] for note in report.notes] == ["kp", "dense_fa", "dfa"]
     assert "kp: B learns at optimizer steps, once fahooks.attach(model, optimizer) was called" in str(report)
     assert fahooks.convert(model(), "fa").notes == []
+
+
+def test_a_rule_that_forgets_its_base_is_refused() -> None:
+    class Forgetful(fahooks.Rule):
+        def __init__(self, share: float = 0.5) -> None:
+            self.share = share
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return self.share * weight
+
+    with pytest.raises(fahooks.ConversionError, match=r"rule 'Forgetful': the __init__ of Forgetful must begin with super\(\)"):
+        fahooks.convert(nn.Linear(2, 2), Forgetful)
