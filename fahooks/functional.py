@@ -7,6 +7,10 @@ Forward, weight gradient and bias gradient are those of torch; only the gradient
 
 `feedback` is anything that maps the effective weight W of the call to B, of W's shape: usually a `fahooks.Rule`. It is
 called in the backward pass, so that at most one layer's B exists at a time. Its readable twin is `fahooks.reference`.
+
+A convolution is recorded by torch itself, and its node then finds B where it saved W (`_hand_over`). Whatever stands between
+autograd and that node, a compiler, checkpointing, anomaly mode, gets an autograd function that does the same, as linear maps and
+products are always.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 Feedback = Callable[[Tensor], Tensor]
@@ -47,10 +52,8 @@ class _Linear(torch.autograd.Function):
         rows, grad_rows = input.reshape(-1, input.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_weight = grad_bias = None
         if needs_input:
-            matrix, factor = _factored(ctx.feedback, weight, input)
+            matrix = feedback_matrix(ctx.feedback, weight)
             grad_input = _product(grad_rows, matrix, like=rows).reshape(input.shape)
-            if factor is not None:
-                grad_input.mul_(factor)
         if needs_weight:
             grad_weight = _product(rows.t(), grad_rows, like=weight.t()).t()
         if needs_bias:
@@ -82,14 +85,53 @@ class _Convolution(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         # The weight gradient does not read the weight slot, so that one call with B in it yields all three gradients.
-        matrix, factor = _factored(ctx.feedback, weight, input) if needed[0] else (weight, None)
-        gradients = _convolution_backward(grad_output, input, matrix, ctx.bias_sizes, *ctx.settings, needed)
-        if factor is not None:
-            gradients[0].mul_(factor)
+        matrix = feedback_matrix(ctx.feedback, weight) if needed[0] else weight
+        gradients = torch.ops.aten.convolution_backward.default(grad_output, input, matrix, ctx.bias_sizes, *ctx.settings, needed)
         return *gradients, None, None
 
 
-_convolution_backward = torch.ops.aten.convolution_backward.default
+def _hand_over(output: Tensor, weight: Tensor, feedback: Feedback) -> None:
+    """Have the node that torch recorded for a convolution find B where it saved W, which it reads for the input's gradient only.
+
+    What `_Convolution` does, in a fraction of its time: a function in Python takes as long as a small layer.
+    """
+    version = weight._version
+
+    def unpack(_: None) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "feedback matrices have no second derivatives, which create_graph=True asks for: run the forward pass inside "
+                "fahooks.backprop(model) for those of the true gradient"
+            )
+        if weight._version != version:
+            raise RuntimeError(
+                "a weight needed for the backward pass has been modified by an inplace operation: it is at version "
+                f"{weight._version}, expected version {version}"
+            )
+        return feedback_matrix(feedback, weight)
+
+    node: Any = output.grad_fn
+    node._raw_saved_weight.register_hooks(_forget, unpack)
+
+
+def _forget(weight: Tensor) -> None:
+    """Nothing to keep: the weight is known to who takes its place."""
+
+
+def _records_alone(input: Tensor, weight: Tensor) -> bool:
+    """Whether autograd records a call as it is, with nobody about who asks for what it saves, or for a function."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_anomaly_enabled()
+        or torch._C._autograd._top_saved_tensors_default_hooks(True)  # activation checkpointing, offloading
+        or torch._C._functorch.peek_interpreter_stack()
+        or forward_ad._current_level >= 0
+        or type(weight) not in _ORDINARY
+        or type(input) not in _ORDINARY
+    )
+
+
+_ORDINARY = (Tensor, nn.Parameter)
 
 
 class _Product(torch.autograd.Function):
@@ -121,24 +163,7 @@ def feedback_matrix(feedback: Feedback, weight: Tensor) -> Tensor:
     Raises:
         ValueError: B has another shape than the weight.
     """
-    return _checked(feedback(weight), feedback, weight)
-
-
-def _factored(feedback: Feedback, weight: Tensor, input: Tensor) -> tuple[Tensor, Tensor | float | None]:
-    """B for a call, and None; or B without its factor, and that factor, for the gradient of the input to be multiplied by.
-
-    A pass over that gradient takes less time than one over B where the input has less units than the layer has weights.
-    """
-    rule: Any = feedback
-    # In half precision B^T delta without the factor rounds otherwise, and may overflow.
-    half = weight.dtype.itemsize < 4
-    if getattr(rule, "factors", None) is None or rule.hooked or half or input.numel() > weight.numel():
-        return feedback_matrix(feedback, weight), None
-    matrix, factor = rule.factors(weight)
-    return _checked(matrix, feedback, weight), factor
-
-
-def _checked(matrix: Tensor, feedback: Feedback, weight: Tensor) -> Tensor:
+    matrix = feedback(weight)
     if matrix.shape != weight.shape:
         raise ValueError(
             f"{type(feedback).__name__} returned a feedback matrix of shape {tuple(matrix.shape)} "
@@ -208,7 +233,12 @@ def _convolve(
         _expand(output_padding, dimensions),
         groups,
     )
-    output = _apply(_Convolution, *_autocast(input, weight, bias), feedback, settings)
+    input, weight, bias = _autocast(input, weight, bias)
+    if _records_alone(input, weight):
+        output = torch.convolution(input, weight, bias, *settings)
+        _hand_over(output, weight, feedback)
+    else:
+        output = _apply(_Convolution, input, weight, bias, feedback, settings)
     return output.squeeze(0) if unbatched else output
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,6 +127,9 @@ def assert_exact(call: Call) -> None:
     assert torch.equal(output, plain_output)
     assert output.stride() == plain_output.stride()
     torch.testing.assert_close(gradients, expected, rtol=1e-10, atol=1e-10)
+    # Whoever wants to keep elsewhere what autograd saves has a convolution made a function.
+    with torch.autograd.graph.save_on_cpu():
+        torch.testing.assert_close(call.learn(call.routed), (output, gradients), rtol=0, atol=0)
     if call.input.numel() and output.numel():
         assert not torch.allclose(gradients["input"], plain_gradients["input"]), "control: B sends what W sends"
 
@@ -241,9 +247,61 @@ def test_feedback_of_a_wrong_shape_is_refused(call: Call) -> None:
 
 def test_second_derivatives_are_refused(call: Call) -> None:
     x, w, b = present(call.leaves())
-    (first,) = torch.autograd.grad(call.routed(x, w, b).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    # A convolution that torch recorded refuses the graph, a function what is made of it.
+    with pytest.raises(RuntimeError, match="once_differentiable|feedback matrices have no second derivatives.*fahooks.backprop"):
+        (first,) = torch.autograd.grad(call.routed(x, w, b).square().sum(), x, create_graph=True)
         first.sum().backward()
+
+
+def asking_for_a_function() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """Settings in which somebody stands about what autograd records, so that a convolution is a function of the core's own."""
+    return {
+        "saved tensors": lambda: torch.autograd.graph.save_on_cpu(),
+        "anomalies": lambda: torch.autograd.detect_anomaly(check_nan=False),
+    }
+
+
+@pytest.mark.parametrize("setting", asking_for_a_function())
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_both_ways_of_a_convolution_give_the_same(call: Call, setting: str) -> None:
+    if call.operation == "linear":
+        pytest.skip("linear maps are functions always")
+
+    def node(**route: Any) -> str:
+        return call.routed(*call.leaves()).grad_fn.name()  # pyright: ignore[reportOptionalMemberAccess]
+
+    recorded = call.learn(call.routed)
+    assert node() == "ConvolutionBackward0"
+    with asking_for_a_function()[setting]():
+        assert node() == "_ConvolutionBackward"
+        torch.testing.assert_close(call.learn(call.routed), recorded, rtol=0, atol=0)
+
+
+def test_a_weight_that_changes_before_the_backward_pass_is_refused(call: Call) -> None:
+    x, w, b = call.leaves()
+    output = call.routed(x, w, b)
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation.*is at version 1"):
+        output.sum().backward()
+
+
+def test_a_second_backward_pass_needs_the_graph(call: Call) -> None:
+    output = call.routed(*call.leaves()).sum()
+    output.backward(retain_graph=True)
+    output.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        output.backward()
+
+
+def test_nothing_is_kept_of_a_pass_that_is_over(call: Call) -> None:
+    x, w, b = call.leaves()
+    output = call.routed(x, w, b)
+    output.sum().backward()
+    seen = weakref.ref(w)
+    del x, w, b, output
+    gc.collect()
+    assert seen() is None
 
 
 def test_function_transforms_are_refused(call: Call) -> None:

@@ -80,14 +80,6 @@ class Rule(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement forward(weight)")
 
-    factors: Callable[[Tensor], tuple[Tensor, Tensor | float]] | None = None
-    """For a rule whose B is a matrix times one number: maps W to the two, beside `forward`, which multiplies them."""
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "forward" in cls.__dict__ and "factors" not in cls.__dict__:
-            cls.factors = None  # those of a base do not make the B of the new forward
-
     @property
     def memory_bytes(self) -> int:
         """What its state takes now."""
@@ -245,7 +237,7 @@ class FunctionRule(Rule):
 
 def weight_norm(weight: Tensor) -> Tensor:
     """The L2 norm of a weight, in float32 or its own dtype where that is finer."""
-    precision = torch.promote_types(weight.dtype, torch.float32)
+    precision = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
     if torch.compiler.is_compiling():  # inductor adds up in blocks, and in the same pass takes the signs
         return torch.linalg.vector_norm(weight, dtype=precision)
     # First a unit at a time: added up in one go, the squares of millions of weights lose the last digits of the norm.

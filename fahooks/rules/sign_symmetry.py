@@ -5,6 +5,8 @@ B takes the signs of the live W; what differs is its magnitude. sign(0) = 0: a p
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,10 +47,6 @@ class SignSymmetry(Rule):
     def forward(self, weight: Tensor) -> Tensor:
         """B = scale x sign(W)."""
         return sign(weight).mul_(self.factor)
-
-    def factors(self, weight: Tensor) -> tuple[Tensor, float]:
-        """sign(W), and the scale."""
-        return sign(weight), self.factor
 
     def extra_repr(self) -> str:
         """The scale."""
@@ -132,12 +130,13 @@ class SignSymmetryNormalized(Rule):
 
     def forward(self, weight: Tensor) -> Tensor:
         """B = norm(W) sign(W) / norm(sign(W)), L2 norms; zero where W is all zero."""
-        signs, factor = self.factors(weight)
-        return signs.mul_(factor)
-
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """sign(W), and norm(W) / norm(sign(W))."""
         signs, norm = sign(weight), weight_norm(weight)
-        # Sums of ones are exact, in whatever order they are added up.
-        sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
-        return signs, (norm / sign_norm.clamp_min(1)).to(weight.dtype)
+        return signs.mul_((norm / _norm_of_signs(signs, norm.dtype)).to(weight.dtype))
+
+
+def _norm_of_signs(signs: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """The L2 norm of a matrix of signs, at least 1: the root of how many are not zero."""
+    if type(signs) is Tensor and signs.device.type == "cpu" and not torch.compiler.is_compiling() and signs.prod():
+        return math.sqrt(signs.numel())  # none is zero, which a product tells in half the time of a norm
+    # Sums of ones are exact, in whatever order they are added up.
+    return torch.linalg.vector_norm(signs, dtype=dtype).clamp_min(1)

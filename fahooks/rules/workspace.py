@@ -40,8 +40,8 @@ def sign(weight: Tensor) -> Tensor:
 def _is_served(weight: Tensor) -> bool:
     """Whether the weight is an ordinary tensor on a CPU, without gaps, in a backward pass; a compiler plans memory itself."""
     return (
-        weight.device.type == "cpu"
-        and SMALLEST <= weight.nbytes <= LARGEST
+        SMALLEST <= weight.nbytes <= LARGEST
+        and weight.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(weight) in (Tensor, nn.Parameter)
         and torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
