@@ -65,6 +65,7 @@ def step(
     import torch
 
     from fahooks import benchmark
+    from fahooks.training.device import keep_freed_memory
 
     names = plugins.rules.names() if rules == "all" else [name.strip() for name in rules.split(",")]
     for name in names:
@@ -72,6 +73,8 @@ def step(
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch finds no GPU here")
     torch.set_num_threads(threads)
+    if device == "cpu":
+        keep_freed_memory()
     shape, make = _maker(model, side, classes, seed, device, channels_last)
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, *shape, generator=generator).to(device)

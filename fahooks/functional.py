@@ -90,6 +90,10 @@ class _Convolution(torch.autograd.Function):
         return *gradients, None, None
 
 
+RECORDED = "ConvolutionBackward0"
+"""What autograd calls the node of a convolution that it recorded itself."""
+
+
 def _hand_over(output: Tensor, weight: Tensor, feedback: Feedback) -> None:
     """Have the node that torch recorded for a convolution find B where it saved W, which it reads for the input's gradient only.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
+from fahooks import functional
 from fahooks.auditing import audit
 from fahooks.observation import as_found, edges, inputs_first, tensors, with_gradient
 from fahooks.rules import Rule, targets
@@ -237,7 +238,7 @@ def _backward(
     leaves = [variable for node in graph if isinstance(variable := getattr(node, "variable", None), Tensor)]
     with ExitStack() as stack:
         for place, node in enumerate(graph):
-            if isinstance(node, BackwardCFunction):
+            if isinstance(node, BackwardCFunction) or node.name() == functional.RECORDED:
                 stack.callback(node.register_prehook(enter(node, place)).remove)
                 stack.callback(node.register_hook(leave).remove)
         for name, rule in rules.items():

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -40,3 +43,30 @@ def test_a_gpu_that_is_not_there_is_an_error(tiny: Tiny):
     with pytest.raises(InputError, match="torch finds no GPU here: use train.device=cpu"):
         prepare(tiny("train.device=cuda"))
     assert prepare(tiny("train.device=auto")).device.type == "cpu"
+
+
+FAULTS = """
+import resource, sys
+import torch
+from fahooks.training.device import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+counts = []
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**22) for _ in range(8)]
+    del blocks
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(counts[-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not on glibc")
+def test_freed_memory_is_kept_for_its_next_use():
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert faults("kept") < 100
+    assert faults("given back") > 1000, "control: 128 MiB, mapped anew"
