@@ -127,8 +127,8 @@ def _records_alone(input: Tensor, weight: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch.is_anomaly_enabled()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True)  # activation checkpointing, offloading
-        or torch._C._functorch.peek_interpreter_stack()
+        or _saved_tensors_hooks(True)  # activation checkpointing, offloading
+        or _transforms()
         or forward_ad._current_level >= 0
         or type(weight) not in _ORDINARY
         or type(input) not in _ORDINARY
@@ -136,6 +136,8 @@ def _records_alone(input: Tensor, weight: Tensor) -> bool:
 
 
 _ORDINARY = (Tensor, nn.Parameter)
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+_transforms = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Product(torch.autograd.Function):
@@ -237,12 +239,12 @@ def _convolve(
         _expand(output_padding, dimensions),
         groups,
     )
-    input, weight, bias = _autocast(input, weight, bias)
-    if _records_alone(input, weight):
-        output = torch.convolution(input, weight, bias, *settings)
-        _hand_over(output, weight, feedback)
+    call: tuple[Any, ...] = (*_autocast(input, weight, bias), *settings)
+    if _records_alone(*call[:2]):
+        output = torch.convolution(*call)
+        _hand_over(output, call[1], feedback)
     else:
-        output = _apply(_Convolution, input, weight, bias, feedback, settings)
+        output = _apply(_Convolution, *call[:3], feedback, settings)
     return output.squeeze(0) if unbatched else output
 
 

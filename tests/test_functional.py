@@ -278,7 +278,7 @@ def test_both_ways_of_a_convolution_give_the_same(call: Call, setting: str) -> N
 
 
 def test_a_weight_that_changes_before_the_backward_pass_is_refused(call: Call) -> None:
-    x, w, b = call.leaves()
+    x, w, b = present(call.leaves())
     output = call.routed(x, w, b)
     with torch.no_grad():
         w.add_(1)
