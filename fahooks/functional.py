@@ -164,18 +164,26 @@ class _Product(torch.autograd.Function):
 
 
 def feedback_matrix(feedback: Feedback, weight: Tensor) -> Tensor:
-    """B for the effective `weight` of a call, checked to have its shape.
+    """B for the effective `weight` of a call, checked to have its shape and dtype.
 
     Raises:
-        ValueError: B has another shape than the weight.
+        ValueError: B is no tensor, or has another shape or dtype than the weight; the message names the rule and its layer.
     """
     matrix = feedback(weight)
-    if matrix.shape != weight.shape:
-        raise ValueError(
-            f"{type(feedback).__name__} returned a feedback matrix of shape {tuple(matrix.shape)} "
-            f"for a weight of shape {tuple(weight.shape)}"
-        )
+    if getattr(matrix, "shape", None) != weight.shape or matrix.dtype != weight.dtype:
+        raise ValueError(_no_feedback_matrix(matrix, feedback, weight))
     return matrix
+
+
+def _no_feedback_matrix(given: Any, feedback: Any, weight: Tensor) -> str:
+    """What is wrong with what a rule or function returned, by its name and that of its layer."""
+    who = getattr(feedback, "label", "") or getattr(feedback, "__name__", type(feedback).__name__)
+    layer = getattr(feedback, "name", "")
+    who = f"rule {who!r} of {layer!r}" if layer else f"rule {who!r}"
+    wanted = f"for a weight of shape {tuple(weight.shape)} and {weight.dtype}"
+    if not isinstance(given, Tensor):
+        return f"{who} returned a {type(given).__name__} in place of a feedback matrix, {wanted}"
+    return f"{who} returned a feedback matrix of shape {tuple(given.shape)} and {given.dtype}, {wanted}"
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, feedback: Feedback) -> Tensor:

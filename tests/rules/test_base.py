@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -255,6 +256,33 @@ def test_rules_say_what_their_user_should_know() -> None:
     assert [note.partition(":")[0] for note in report.notes] == ["kp", "dense_fa", "dfa"]
     assert "kp: B learns at optimizer steps, once fahooks.attach(model, optimizer) was called" in str(report)
     assert fahooks.convert(model(), "fa").notes == []
+
+
+def _unlike(result: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def mine(weight: Tensor) -> Any:
+        return result(weight)
+
+    return mine
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (lambda weight: None, r"a NoneType in place of a feedback matrix"),
+        (lambda weight: weight.detach().numpy(), r"a ndarray in place of a feedback matrix"),
+        (lambda weight: weight.sum(), r"a feedback matrix of shape \(\) and torch.float32"),
+        (lambda weight: weight.double(), r"a feedback matrix of shape .* and torch.float64"),
+    ],
+)
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 3), lambda: nn.Conv2d(3, 3, 1)], ids=["linear", "convolution"])
+def test_what_is_no_feedback_matrix_is_refused_by_rule_and_layer(
+    make: Callable[[], nn.Module], result: Callable[[Tensor], Any], said: str
+) -> None:
+    model = nn.Sequential(make(), make())
+    fahooks.convert(model, _unlike(result))
+    x = torch.randn(2, 3, 4, 4) if isinstance(model[0], nn.Conv2d) else torch.randn(2, 3)
+    with pytest.raises(ValueError, match=rf"^rule 'mine' of '1' returned {said}, for a weight of shape .* and torch.float32$"):
+        model(x).sum().backward()
 
 
 def test_a_rule_that_forgets_its_base_is_refused() -> None:
