@@ -11,7 +11,7 @@ from fahooks.plugins import InputError, near
 
 from .arguments import SETTINGS, numbers
 from .tables import print_result
-from .train import together
+from .train import importing, together
 
 TABLES = ("table1",)
 
@@ -32,7 +32,8 @@ def reproduce(
     interrupted ones go on. Then everything that is finished in OUT is printed as a table, and written to OUT/table1.csv and
     OUT/table1.md. Several processes may fill one OUT; those that torchrun started train each run together.
     """
-    from fahooks.training import distributed, reproduction
+    with importing():
+        from fahooks.training import distributed, reproduction
 
     if table not in TABLES:
         raise InputError(f"{table!r} can not be reproduced{near(table, TABLES)}; there is {', '.join(TABLES)}")

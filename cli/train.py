@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -51,7 +52,8 @@ def train(
     With --seeds or --sweep it trains a series, in OUT or runs/<recipe name>-sweep, of which the same command, given again, trains
     what is missing. In several processes: torchrun --nproc-per-node 2 -m fahooks train RECIPE
     """
-    from fahooks.training import commands, distributed
+    with importing():
+        from fahooks.training import commands, distributed
 
     auto = resume == Path("auto")
     overrides = overrides if max_steps is None else (*overrides, f"train.max_steps={max_steps}")
@@ -117,9 +119,10 @@ def quickstart(overrides: tuple[str, ...], out: Path | None) -> None:
     The digits are the 1,797 handwritten ones, 8x8 pixels, that scikit-learn ships: nothing is downloaded.
     With --set data.dataset=mnist it takes MNIST: found under data.root, else downloaded there.
     """
-    from fahooks.report import figures, tables
-    from fahooks.report.runs import read_run
-    from fahooks.training import commands, distributed
+    with importing():
+        from fahooks.report import figures, tables
+        from fahooks.report.runs import read_run
+        from fahooks.training import commands, distributed
 
     with together():
         folder = commands.quickstart(overrides, out)
@@ -141,6 +144,21 @@ def together(otherwise: str = "stopped before the run began") -> Iterator[None]:
 
     with stoppable(otherwise), distributed.joined():
         yield
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Leave at once on Ctrl-C, with exit code 130: torch, interrupted while it imports numpy, goes on with half of it."""
+
+    def leave(*_: object) -> None:
+        os.write(2, b"fahooks: stopped\n")
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
