@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from .arguments import SETTINGS
-from .train import together
+from .train import importing, together
 
 
 @click.command(name="eval", epilog="Example: fahooks eval runs/quickstart-1/fa --weights last")
@@ -26,8 +26,9 @@ def evaluate(run: Path, weights: Literal["best", "last"], overrides: tuple[str, 
     those of the newest checkpoint. --set evaluates on other images (data....), which are normalised as those that were trained
     on, or elsewhere (train.device, train.threads).
     """
-    from fahooks.training import distributed
-    from fahooks.training.evaluation import evaluate_run
+    with importing():
+        from fahooks.training import distributed
+        from fahooks.training.evaluation import evaluate_run
 
     with together("stopped; nothing was measured"):
         found = evaluate_run(run, weights, overrides)

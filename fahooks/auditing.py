@@ -142,6 +142,7 @@ def audit(model: nn.Module, *example_inputs: Any, ignore: str | Iterable[str] = 
     check_model(model)
     if not example_inputs and not example_options:
         _check_needs_nothing(model)
+    # In anomaly mode a node knows its source, and the core makes a function of each convolution, whose node knows its rule.
     with as_found(model), torch.enable_grad(), torch.autograd.set_detect_anomaly(True, check_nan=False):
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())

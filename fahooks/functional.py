@@ -22,19 +22,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 Feedback = Callable[[Tensor], Tensor]
 
 
 def _once_differentiable(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
-    """As torch's decorator of that name, which costs time also where nobody asks for a graph of the backward pass."""
-    refusing = once_differentiable(backward)
+    """Refuse a graph of the backward pass, where torch's decorator of that name refuses what is made of it, and costs time."""
 
-    def chosen(ctx: Any, grad_output: Tensor) -> Any:
-        return refusing(ctx, grad_output) if torch.is_grad_enabled() else backward(ctx, grad_output)
+    def refusing(ctx: Any, grad_output: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(_NO_GRAPH)
+        return backward(ctx, grad_output)
 
-    return chosen
+    return refusing
+
+
+_NO_GRAPH = (
+    "feedback matrices have no second derivatives, which create_graph=True asks for: run the forward pass inside "
+    "fahooks.backprop(model) for those of the true gradient"
+)
 
 
 class _Linear(torch.autograd.Function):
@@ -103,10 +109,9 @@ def _hand_over(output: Tensor, weight: Tensor, feedback: Feedback) -> None:
 
     def unpack(_: None) -> Tensor:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "feedback matrices have no second derivatives, which create_graph=True asks for: run the forward pass inside "
-                "fahooks.backprop(model) for those of the true gradient"
-            )
+            if torch._C._current_graph_task_id() == -1:  # pyright: ignore[reportAttributeAccessIssue]
+                return weight  # somebody looks at the node
+            raise RuntimeError(_NO_GRAPH)
         if weight._version != version:
             raise RuntimeError(
                 "a weight needed for the backward pass has been modified by an inplace operation: it is at version "
@@ -122,11 +127,12 @@ def _forget(weight: Tensor) -> None:
     """Nothing to keep: the weight is known to who takes its place."""
 
 
-def _records_alone(input: Tensor, weight: Tensor) -> bool:
+def _records_alone(input: Tensor, weight: Tensor, feedback: Any) -> bool:
     """Whether autograd records a call as it is, with nobody about who asks for what it saves, or for a function."""
     return not (
         torch.compiler.is_compiling()
-        or torch.is_anomaly_enabled()
+        or getattr(feedback, "reaches_out", True)  # a plain function too: see `fahooks.Rule.reaches_out`
+        or torch.is_anomaly_enabled()  # `fahooks.audit` reads the rule off the function's node
         or _saved_tensors_hooks(True)  # activation checkpointing, offloading
         or _transforms()
         or forward_ad._current_level >= 0
@@ -248,7 +254,7 @@ def _convolve(
         groups,
     )
     call: tuple[Any, ...] = (*_autocast(input, weight, bias), *settings)
-    if _records_alone(*call[:2]):
+    if _records_alone(call[0], call[1], feedback):
         output = torch.convolution(*call)
         _hand_over(output, call[1], feedback)
     else:

@@ -321,7 +321,7 @@ def test_what_can_not_be_converted_is_named_with_its_reason(make: Callable[[], n
         (
             {"rule": {"*": "fa", "head": "bp"}},
             ConversionError,
-            r"^rule: 'head' decides for no layer: '\*' before it takes all that it matches; put it first$",
+            r"^rule: 'head' decides for no layer: '\*' before it takes all that it matches; put it first, or leave it out$",
         ),
         (
             {"rule": {"layer1.0": "fa", "stem": "fa", "layer1.1": "usf", "layer1.*.conv": "bp"}},

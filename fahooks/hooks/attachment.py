@@ -290,8 +290,8 @@ def _checked(hook: Hook) -> Hook:
     Raises:
         InputError: names its class.
     """
-    kind = type(hook)
-    if kind.before_step is Hook.before_step and kind.after_step is Hook.after_step:
+    kind, own = type(hook), vars(hook).keys()
+    if kind.before_step is Hook.before_step and kind.after_step is Hook.after_step and not own & {"before_step", "after_step"}:
         methods = "before_step(weights) and after_step(weights)"
         raise InputError(f"hook {_label(hook)!r} does nothing: of a fahooks.Hook's methods {methods} it has neither")
     return hook

@@ -21,8 +21,8 @@ def this_process() -> dict[str, Any]:
 def state(run: Path, status: Mapping[str, Any]) -> str:
     """How a run is, by its status.json: running, finished, interrupted, failed, or killed; "begun" before it says anything.
 
-    It is killed where it says that it is running, and nobody holds its lock, or its machine was started again since. Of another
-    machine that can not be told, and it counts as running.
+    It is killed where it says that it is running, and nobody holds its lock. Of another machine that can not be told, and it
+    counts as running.
 
     Arguments:
         run: its directory.
@@ -36,7 +36,7 @@ def _is_gone(run: Path, process: Any) -> bool:
     here = _machine()
     if not isinstance(process, Mapping) or not here["boot"] or any(process.get(key) != here[key] for key in ("host", "machine")):
         return False
-    return process.get("boot") != here["boot"] or not _is_held(run / LOCK)
+    return not _is_held(run / LOCK)
 
 
 def _machine() -> dict[str, str]:

@@ -80,6 +80,10 @@ class Rule(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement forward(weight)")
 
+    reaches_out: bool = False
+    """Whether it refers to more than its own state, which may be the model. Autograd's node of a convolution, in whose keep
+    Python's garbage collector does not see it, is then not given it."""
+
     @property
     def memory_bytes(self) -> int:
         """What its state takes now."""
@@ -198,6 +202,8 @@ class DirectRule(Rule):
     A subclass implements `around`; one that has to do with the whole model is a `fahooks.rules.passes.WholeModelRule`.
     """
 
+    reaches_out = True
+
     def around(self, call: Call, input: Tensor) -> Tensor:
         """Do one call of the layer.
 
@@ -221,6 +227,8 @@ class FunctionRule(Rule):
     Arguments:
         function: maps a weight to a feedback matrix of its shape.
     """
+
+    reaches_out = True
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -143,12 +143,17 @@ class DirectMatrix(nn.Module):
         if self.values is not None:
             destination[f"{prefix}values"] = self.values
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
         # The one in the checkpoint may have been drawn when this one is not yet, and the other way round.
-        found, errors = state_dict.get(f"{prefix}values"), rest[-1]
+        _, unexpected, errors = lists
+        found = state_dict.get(f"{prefix}values")
+        if strict:
+            unexpected += [key for key in state_dict if key.startswith(prefix) and key != f"{prefix}values"]
         if found is None:
             return
-        if self.values is None:
+        if self.values is None or self.values.is_meta or local_metadata.get("assign_to_params_buffers"):
             self.values = found.detach().clone()
         elif found.shape == self.values.shape:
             self.values.copy_(found)

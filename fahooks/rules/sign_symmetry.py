@@ -133,8 +133,8 @@ class SignSymmetryNormalized(Rule):
         norm, signs = weight_norm(weight), sign(weight)
         if type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" and not torch.compiler.is_compiling():
             # Plain numbers, where no device has to be waited for. A product tells in half a norm's time that no sign is zero.
-            ones = signs.numel() if signs.prod() else max(1, int(signs.count_nonzero()))
-            return signs.mul_(norm.item() / math.sqrt(ones))
+            ones = signs.numel() if signs.prod() else int(signs.count_nonzero())
+            return signs.mul_(norm.item() / math.sqrt(max(1, ones)))
         # Sums of ones are exact, in whatever order they are added up.
         sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
         return signs.mul_((norm / sign_norm.clamp_min(1)).to(weight.dtype))

@@ -323,7 +323,7 @@ def _as_parts(taken: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
 def _part_of_feedback(rule: functional.Feedback, packed: Tensor, take: tuple[Any, ...], part: Tensor) -> Tensor:
     """The part of a packed weight's B that stands where `part` stands in the weight."""
     func, args, kwargs, index = take
-    return _as_parts(func(rule(packed), *args, **kwargs))[index].to(part.dtype)
+    return _as_parts(func(functional.feedback_matrix(rule, packed), *args, **kwargs))[index].to(part.dtype)
 
 
 # A mode sees this Python function as one opaque call. Without its own check for overrides, its inner calls are seen.

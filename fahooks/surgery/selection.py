@@ -46,7 +46,7 @@ def deciding_test(
 ) -> Callable[[Site], bool]:
     """As `selector_test`, for selectors of which the first that matches decides: one that decides for no site is an error too.
 
-    "*" is none: it says what becomes of the rest, and there may be no rest.
+    One that selects every site is none: it says what becomes of the rest, and there may be no rest.
 
     Arguments:
         selector: what selects.
@@ -56,11 +56,11 @@ def deciding_test(
     """
     test = selector_test(selector, sites, role)
     takers = [next((place for place, (_, taken) in enumerate(before) if taken(site)), None) for site in sites if test(site)]
-    if selector != "*" and None not in takers:
+    if len(takers) < len(sites) and None not in takers:
         names = [_shown(other) for place, (other, _) in enumerate(before) if place in takers]
         take = "takes" if len(names) == 1 else "take"
         what = f"{' and '.join(names)} before it {take} all that it matches"
-        raise ConversionError(f"{role}: {_shown(selector)} decides for no layer: {what}; put it first")
+        raise ConversionError(f"{role}: {_shown(selector)} decides for no layer: {what}; put it first, or leave it out")
     return test
 
 

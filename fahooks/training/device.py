@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 import torch
 
@@ -49,12 +50,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Have the process keep the memory that it frees, for its next use; it takes no more than it took at its most.
+    """Have the process keep the memory that it frees, for its next use, up to 2 GiB and until it ends.
 
     glibc gives memory back to the system where what is free at its end passes a threshold, so that by the chance of addresses a
-    step finds its gradients' memory or has the system map and clear it anew, 4 KiB by 4 KiB. Elsewhere than on glibc nothing is
-    done. Blocks above 32 MiB are always given back.
+    step finds its gradients' memory or has the system map and clear it anew, 4 KiB by 4 KiB. Blocks above 32 MiB are given back
+    all the same. Nothing is done where the environment says what the allocator is to do, or the C library is another one.
     """
+    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**25)

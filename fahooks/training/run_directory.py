@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 
@@ -291,12 +291,18 @@ def held(lock: Path, *, wait: bool = False) -> Iterator[bool]:
     except OSError as error:
         raise InputError(f"{str(lock.parent)!r} is not writable: {error.strerror}") from error
     with opened as file:
+        yield _locked(file, wait)
+
+
+def _locked(file: IO[str], wait: bool) -> bool:
+    for _ in range(5):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            mine = True
         except BlockingIOError:
-            mine = False
-        yield mine
+            time.sleep(0.01)  # who looks whether it is held holds it for a moment
+        else:
+            return True
+    return False
 
 
 def fresh_directory(out: Path | None, name: str, *, text: str = "") -> Path:

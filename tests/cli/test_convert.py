@@ -160,7 +160,7 @@ def test_the_first_of_several_rules_that_matches_decides(file: Path):
 
 def test_a_rule_that_decides_for_no_layer_is_refused(file: Path):
     line = refused(f"{file}:small", "--rule", "fa", "--rule", "4=bp")
-    assert line == "rule: '4' decides for no layer: '*' before it takes all that it matches; put it first"
+    assert line == "rule: '4' decides for no layer: '*' before it takes all that it matches; put it first, or leave it out"
 
 
 def test_a_rule_by_pattern_leaves_the_rest_to_backprop(file: Path):

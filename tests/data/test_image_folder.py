@@ -104,7 +104,7 @@ def test_a_single_folder_is_divided_by_a_seed_of_its_own(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "dataset 'imagefolder' needs path"),
+        ({}, "dataset 'imagefolder' needs the option 'path'"),
         ({"path": "x", "size": 0}, "size must be positive .got 0."),
         ({"path": "x", "test": 0.01}, "test=0.01 takes 0 of 2 images"),
         ({"path": "x", "test": 1.0}, "test=1.0 takes 2 of 2 images"),

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import fahooks
 from fahooks.plugins import InputError
 from fahooks.rules import direct_matrix
 from fahooks.rules.base import Layout
@@ -217,3 +218,20 @@ def test_units_are_divided_by_samples_and_put_back(layout: Layout, n: int, w: in
 def test_a_tensor_that_can_not_be_divided_is_refused(layout: Layout) -> None:
     with pytest.raises(InputError, match=r"shape \(3, 1, 3\) can not be divided among .* 2"):
         Units(torch.Size((3, 1, 3)), layout, 2)
+
+
+def test_a_checkpoint_with_a_stray_entry_is_refused_and_a_meta_copy_takes_the_values() -> None:
+    def drawn() -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        fahooks.convert(model, "dfa")
+        model(torch.randn(5, 3, requires_grad=True)).sum().backward()
+        return model
+
+    model = drawn()
+    state = model.state_dict()
+    (key, *_) = [name for name in state if name.endswith("values")]
+    with pytest.raises(RuntimeError, match=f"Unexpected key.*{key}z"):
+        drawn().load_state_dict({**state, f"{key}z": state[key]})
+    copy = drawn().to("meta")
+    copy.load_state_dict(state, assign=True)
+    assert torch.equal(copy.state_dict()[key], state[key])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -46,10 +47,11 @@ def test_a_gpu_that_is_not_there_is_an_error(tiny: Tiny):
 
 
 FAULTS = """
-import resource, sys
+import ctypes, resource, sys
 import torch
-from fahooks.training.device import keep_freed_memory
+from fahooks.training.device import M_MMAP_THRESHOLD, keep_freed_memory
 
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
 if sys.argv[1] == "kept":
     keep_freed_memory()
 counts = []
@@ -64,9 +66,13 @@ print(counts[-1])
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not on glibc")
 def test_freed_memory_is_kept_for_its_next_use():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+
     def faults(how: str) -> int:
         command = [sys.executable, "-c", FAULTS, how]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
     assert faults("kept") < 100
     assert faults("given back") > 1000, "control: 128 MiB, mapped anew"
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    assert faults("kept") > 1000, "what the environment says is left alone"

@@ -37,7 +37,7 @@ def recipe(model: str = "{name: paper/mnist}", feedback: str = ALL, hooks: str =
         (
             {"feedback": "[{rule: fa}, {match: output, rule: bp}]"},
             ("feedback", 1, "match"),
-            "'output' decides for no layer: '*' before it takes all that it matches; put it first",
+            "'output' decides for no layer: '*' before it takes all that it matches; put it first, or leave it out",
         ),
         ({"feedback": "[{rule: dfa, at: 'block?'}]"}, ("feedback", 0, "at"), "'block?' matches none of the "),
         ({"feedback": "[{rule: dfa, at: [dense, x]}]"}, ("feedback", 0, "at"), "'x' matches none of the "),
