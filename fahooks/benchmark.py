@@ -155,7 +155,7 @@ def _contestant(
     if compiled:
         step()  # direct rules draw their matrices
         forward = torch.compile(model, fullgraph=True)
-    return _Contestant(name, step, lambda: sum(b.nbytes for rule in rules.values() for b in rule.buffers()))
+    return _Contestant(name, step, lambda: sum(rule.memory_bytes for rule in rules.values()))
 
 
 def _turns(contestants: Sequence[_Contestant], rounds: int) -> Iterator[_Contestant]:

@@ -142,6 +142,7 @@ def test_the_benchmark_sees_time_memory_and_state():
     assert found["backprop"].ratios["cpu"] == benchmark.Ratio(1, 1, 1)
     assert found["backprop"].state_bytes == found["backprop again"].state_bytes == 0
     assert found["fa"].state_bytes > 100_000
+    assert found["targeted"].state_bytes > 1000, "direct rules keep what they draw, once they have"
     assert found["large"].peak_bytes > found["fa"].peak_bytes + 2**25
     assert found["large"].milliseconds["cpu"] > found["fa"].milliseconds["cpu"]
     assert all(
