@@ -277,7 +277,8 @@ def test_both_ways_of_a_convolution_give_the_same(call: Call, setting: str) -> N
         pytest.skip("linear maps are functions always")
 
     def node(**route: Any) -> str:
-        return call.routed(*call.leaves()).grad_fn.name()  # pyright: ignore[reportOptionalMemberAccess]
+        output = call.routed(*call.leaves())
+        return output.grad_fn.name()  # pyright: ignore[reportOptionalMemberAccess]
 
     recorded = call.learn(call.routed)
     assert node() == "ConvolutionBackward0"

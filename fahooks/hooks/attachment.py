@@ -195,9 +195,8 @@ def attach(
     Raises:
         UnknownName: no such hook.
         InputError: an argument of another type, options that a hook does not take, a hook that does nothing at a step, a hook or
-            selector without a weight to act on,
-            a rule that learns on a weight that is no parameter, nothing to run although there are rules that learn, or a hook or
-            a rule that is attached already.
+            selector without a weight to act on, a rule that learns on a weight that is no parameter, nothing to run although
+            there are rules that learn, or a hook or a rule that is attached already.
     """
     check_model(model)
     check_type("what follows the model", optimizer, Optimizer, "a torch.optim optimizer")

@@ -34,7 +34,8 @@ def state(run: Path, status: Mapping[str, Any]) -> str:
 
 def _is_gone(run: Path, process: Any) -> bool:
     here = _machine()
-    if not isinstance(process, Mapping) or not here["boot"] or any(process.get(key) != here[key] for key in ("host", "machine")):
+    number = "machine" if here["machine"] else "boot"  # a container may have none of its own
+    if not isinstance(process, Mapping) or not here[number] or any(process.get(key) != here[key] for key in ("host", number)):
         return False
     return not _is_held(run / LOCK)
 

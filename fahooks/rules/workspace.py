@@ -17,7 +17,7 @@ SMALLEST, LARGEST = 2**18, 2**25
 
 class _Kept(threading.local):
     def __init__(self) -> None:
-        self.blocks: dict[torch.dtype, Tensor] = {}
+        self.blocks: dict[torch.dtype, tuple[Tensor, int]] = {}
 
 
 _kept = _Kept()
@@ -31,9 +31,10 @@ def sign(weight: Tensor) -> Tensor:
     """
     if not _is_served(weight):
         return weight.sign()
-    block = _kept.blocks.get(weight.dtype)
-    if block is None or block.numel() < weight.numel() or _is_held(block):
-        block = _kept.blocks[weight.dtype] = weight.new_empty(weight.numel())
+    block, alone = _kept.blocks.get(weight.dtype, (None, 0))
+    if block is None or block.numel() < weight.numel() or _holders(block) > alone:
+        block = weight.new_empty(weight.numel())
+        _kept.blocks[weight.dtype] = block, _holders(block)
     return torch.sign(weight, out=block.as_strided(weight.shape, weight.stride()))
 
 
@@ -50,6 +51,6 @@ def _is_served(weight: Tensor) -> bool:
     )
 
 
-def _is_held(block: Tensor) -> bool:
-    """Whether another tensor is in that memory; the block itself holds it, and so does its storage as an object of Python."""
-    return torch._C._storage_Use_Count(block.untyped_storage()._cdata) > 2  # pyright: ignore[reportAttributeAccessIssue]
+def _holders(block: Tensor) -> int:
+    """How many hold that memory: the block itself, its storage as an object of Python in some versions of torch, and who else."""
+    return torch._C._storage_Use_Count(block.untyped_storage()._cdata)  # pyright: ignore[reportAttributeAccessIssue]

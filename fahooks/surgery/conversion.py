@@ -52,7 +52,7 @@ def convert(
             with an adapter are converted. Weights, keys, hooks and parameters' identity stay.
         rule: a registered name, a Rule class, a function W -> B, or an ordered mapping from selectors to any of these (or
             to {"rule": name, **options}); the first selector that matches decides, layers that none matches stay. One that
-            decides for no layer is refused, save "*" for the rest.
+            decides for no layer is refused, save one that selects every layer: it is for the rest, of which there may be none.
         include: convert only what this selects: a module type or a glob over qualified names ("layer1.*"), which also select
             everything inside such a module, a compiled regex, a function (name, module) -> bool, or a list of these.
         exclude: leave out what this selects.

@@ -43,14 +43,22 @@ def test_a_run_whose_process_was_killed_is_told_from_one_at_work(tmp_path: Path)
     assert state(tmp_path, running(this_process())) == "killed", "a number that another process has by now says nothing"
 
 
-@pytest.mark.skipif(not Path("/proc/sys/kernel/random/boot_id").exists(), reason="nothing here tells machines apart")
-def test_a_machine_that_was_started_again_is_told_from_another_one_of_its_name(tmp_path: Path):
+def test_a_machine_that_was_started_again_is_told_from_another_one_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(liveness, "_read", lambda path: f"what stands in {path}")
     ours = this_process()
     assert state(tmp_path, running(ours, boot="another")) == "killed"
     assert state(tmp_path, running(ours, boot="another", machine="another")) == "running"
 
 
+def test_a_machine_without_a_number_is_known_until_it_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(liveness, "_read", lambda path: "" if path == "/etc/machine-id" else "this time")
+    ours = this_process()
+    assert state(tmp_path, running(ours)) == "killed"
+    assert state(tmp_path, running(ours, boot="another")) == "running"
+
+
 def test_what_can_not_be_told_counts_as_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(liveness, "_read", lambda path: f"what stands in {path}")
     ours = this_process()
     assert state(tmp_path, running(ours, host="elsewhere")) == "running"
     assert state(tmp_path, {"state": "running"}) == "running"

@@ -247,21 +247,6 @@ def _unbatched(layer: nn.Module, x: Tensor) -> bool:
     return not isinstance(layer, nn.Linear) and x.dim() == layer.get_parameter("weight").dim() - 1
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@settings(max_examples=60)
-@given(convolutions())
-def test_dfa_of_any_convolution(drawn: tuple[nn.Module, Tensor]) -> None:
-    layer, x = drawn
-    assert_direct(layer, x, 1 if _unbatched(layer, x) else len(x))
-
-
-@settings(max_examples=30)
-@given(linears())
-def test_dfa_of_a_linear_layer_of_any_rank(drawn: tuple[nn.Module, Tensor]) -> None:
-    layer, x = drawn
-    assert_direct(layer, x, 1 if x.dim() == 1 else len(x))
-
-
 def surrogate(
     plain: nn.Module,
     x: Tensor,
@@ -1213,19 +1198,24 @@ def assert_dense(layer: nn.Module, x: Tensor, samples: int) -> None:
     assert distance(found, gradients(plain, x, squares)) > 1e-3, "control: it is backpropagation"
 
 
+each_oracle = pytest.mark.parametrize("assert_exact", [assert_direct, assert_dense], ids=["dfa", "dense_fa"])
+
+
+@each_oracle
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@settings(max_examples=40)
-@given(convolutions())
-def test_dense_fa_of_any_convolution(drawn: tuple[nn.Module, Tensor]) -> None:
+@settings(max_examples=60)
+@given(drawn=convolutions())
+def test_a_convolution_of_any_kind(assert_exact: Callable[[nn.Module, Tensor, int], None], drawn: tuple[nn.Module, Tensor]):
     layer, x = drawn
-    assert_dense(layer, x, 1 if _unbatched(layer, x) else len(x))
+    assert_exact(layer, x, 1 if _unbatched(layer, x) else len(x))
 
 
-@settings(max_examples=20)
-@given(linears())
-def test_dense_fa_of_a_linear_layer_of_any_rank(drawn: tuple[nn.Module, Tensor]) -> None:
+@each_oracle
+@settings(max_examples=30)
+@given(drawn=linears())
+def test_a_linear_layer_of_any_rank(assert_exact: Callable[[nn.Module, Tensor, int], None], drawn: tuple[nn.Module, Tensor]):
     layer, x = drawn
-    assert_dense(layer, x, 1 if x.dim() == 1 else len(x))
+    assert_exact(layer, x, 1 if x.dim() == 1 else len(x))
 
 
 # State

@@ -274,7 +274,7 @@ def test_an_lbfgs_that_has_stepped_takes_no_matrix_in_and_gives_those_it_has_bac
         optimizer.zero_grad()
         loss = model(x).square().sum()
         loss.backward()
-        return loss
+        return loss.detach()
 
     handle = fahooks.attach(model, optimizer)
     first = optimizer.step(closure)
