@@ -65,7 +65,7 @@ def step(
     import torch
 
     from fahooks import benchmark
-    from fahooks.training.device import keep_freed_memory
+    from fahooks.training.device import tune_allocator
 
     names = plugins.rules.names() if rules == "all" else [name.strip() for name in rules.split(",")]
     for name in names:
@@ -74,7 +74,7 @@ def step(
         raise InputError("--device cuda, but torch finds no GPU here")
     torch.set_num_threads(threads)
     if device == "cpu":
-        keep_freed_memory()
+        tune_allocator()
     shape, make = _maker(model, side, classes, seed, device, channels_last)
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, *shape, generator=generator).to(device)

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,11 +50,11 @@ def test_a_gpu_that_is_not_there_is_an_error(tiny: Tiny):
 FAULTS = """
 import ctypes, resource, sys
 import torch
-from fahooks.training.device import M_MMAP_THRESHOLD, keep_freed_memory
+from fahooks.training.device import M_MMAP_THRESHOLD, tune_allocator
 
 ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
 if sys.argv[1] == "kept":
-    keep_freed_memory()
+    tune_allocator()
 counts = []
 for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -64,15 +65,40 @@ print(counts[-1])
 """
 
 
+LARGE_PAGES = """
+import re, sys
+from pathlib import Path
+import torch
+from fahooks.training.device import tune_allocator
+
+if sys.argv[1] == "kept":
+    tune_allocator()
+block = torch.ones(2**22)
+address = block[2**21:].data_ptr()
+for area in re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+    begin, end = (int(bound, 16) for bound in area.split(" ", 1)[0].split("-"))
+    if begin <= address < end:
+        print(int(" hg" in area.partition("VmFlags:")[2]))
+"""
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+
+
+def number(script: str, how: str, **environment: str) -> int:
+    command = [sys.executable, "-c", script, how]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT | environment).stdout)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not on glibc")
 def test_freed_memory_is_kept_for_its_next_use():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    assert number(FAULTS, "kept") < 100
+    assert number(FAULTS, "given back") > 1000, "control: 128 MiB, mapped anew"
+    assert number(FAULTS, "kept", MALLOC_MMAP_THRESHOLD_="65536") > 1000, "what the environment says is left alone"
 
-    def faults(how: str) -> int:
-        command = [sys.executable, "-c", FAULTS, how]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
-    assert faults("kept") < 100
-    assert faults("given back") > 1000, "control: 128 MiB, mapped anew"
-    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    assert faults("kept") > 1000, "what the environment says is left alone"
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not on glibc")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no large pages")
+def test_tensors_ask_for_large_pages():
+    assert number(LARGE_PAGES, "kept") == 1
+    assert number(LARGE_PAGES, "as it was") == 0, "control"
+    assert number(LARGE_PAGES, "kept", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=1048576") == 0

@@ -328,10 +328,11 @@ def test_wrong_input_is_said_once(tmp_path: Path) -> None:
     assert done.stderr.count("unknown key") == 1
 
 
-def test_a_killed_worker_is_started_again_and_the_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_a_killed_worker_is_started_again_and_the_run_goes_on(tmp_path: Path, way: str) -> None:
     (tmp_path / "r.yaml").write_text(RUN)
     run = tmp_path / "run"
-    long = ["--set", "train.epochs=40", "--set", "checkpoint.every=3"]
+    long = ["--set", "train.epochs=40", "--set", "checkpoint.every=3", "--set", f"train.distributed={way}"]
     command = torchrun("-m", "fahooks", "train", tmp_path / "r.yaml", *long, "--out", run, restarts=1)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as agent:
