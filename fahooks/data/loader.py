@@ -110,6 +110,7 @@ class Stream(ABC):
         self.epoch = 0
         self.start = 0
         self._skipped: set[str] = set()
+        self._decoded: Generator[tuple[Share, Tensor]] | None = None
 
     @property
     def images(self) -> int:
@@ -127,8 +128,8 @@ class Stream(ABC):
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the epoch. Whoever stops early leaves no thread and no memory behind."""
-        with closing(self.decoded(list(self._shares()))) as decoded:
-            for share, pixels in decoded:
+        with closing(self.decoded(list(self._shares()))) as self._decoded:
+            for share, pixels in self._decoded:
                 yield self._batch(share, pixels)
 
     @abstractmethod
@@ -216,8 +217,9 @@ class Stream(ABC):
         return self.view.augment.evaluate(pixels, framed=framed)
 
     def close(self) -> None:
-        """Give back all that the stream holds. Doing so twice is fine."""
-        return
+        """End the epoch and give back all that the stream holds. Doing so twice is fine."""
+        if self._decoded is not None:
+            self._decoded.close()
 
     def __enter__(self) -> Self:
         return self

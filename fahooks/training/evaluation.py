@@ -15,7 +15,7 @@ from fahooks.recipe import Recipe, load, read_file
 from fahooks.training import checkpoint
 from fahooks.training.checkpoint import Checkpoints
 from fahooks.training.failures import worded
-from fahooks.training.loop import evaluate
+from fahooks.training.loop import measure
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import Setup, prepare
 from fahooks.training.streams import divide, load_dataset, open_streams
@@ -87,12 +87,11 @@ def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str]
         raise InputError(f"{error.fault}; {advice}") from error
     step = _load(run, weights, setup, trained)
     with setup.train, setup.validation, setup.test:
-        found = {
-            name: {**evaluate(setup, stream, name), "images": stream.images}
+        validation, test = (
+            dict(zip(("loss", "error", "images"), measure(setup, stream, name), strict=True))
             for name, stream in (("validation", setup.validation), ("test", setup.test))
-        }
-    named = {name: {key.removeprefix(f"{name}_"): value for key, value in values.items()} for name, values in found.items()}
-    return Evaluation(setup.recipe, weights, step, named["validation"], named["test"])
+        )
+    return Evaluation(setup.recipe, weights, step, validation, test)
 
 
 def _statistics(trained: Recipe) -> tuple[Tensor, Tensor]:

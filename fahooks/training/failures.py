@@ -21,6 +21,8 @@ NO_MEMORY = (
     *("can't allocate memory", "not enough memory", "bad_alloc", "could not create a memory"),
     *("out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED"),
 )
+LONGEST = 500
+"""Characters of a fault of the program that are told; its traceback has all of them."""
 
 
 @contextmanager
@@ -82,6 +84,7 @@ def _record(run: RunDirectory, error: Exception, known: str) -> None:
 def _fault(error: Exception, run: RunDirectory) -> str:
     """A line about a fault of the program, whose traceback goes into failure.txt."""
     known = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    known = known if len(known) <= LONGEST else f"{known[:LONGEST]} ..."  # compilers say all that theirs said
     try:
         run.write("failure.txt", "".join(traceback.format_exception(error)))
     except OSError as unwritable:
@@ -115,7 +118,7 @@ def reason(error: BaseException, run: RunDirectory | None = None) -> str | None:
     else:
         return None
     if error.errno in FULL:
-        kept = "" if run is None else "; the last checkpoint is whole"
+        kept = "; the last checkpoint is whole" if run is not None and any(run.checkpoints.glob("*.pt")) else ""
         return f"no room to write in {where} ({error.strerror}): make room, then {again}{kept}"
     if error.errno in MISSING:
         return f"{where} is missing ({error.strerror}): put it back, then {again}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from fahooks import models, plugins
 from fahooks.plugins import InputError
@@ -62,12 +64,34 @@ def misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
 def _model(recipe: Recipe) -> nn.Module:
     """The model with its layers' names, which do not depend on the images; on the meta device where it can be built there."""
     name, options = recipe.model.name, recipe.model.options
+    with _few_modules():
+        try:
+            with torch.device("meta"):
+                return models.build(name, **options)
+        except InputError:
+            with torch.random.fork_rng(devices=[]):
+                return models.build(name, **options)
+
+
+MOST_MODULES = 100_000
+
+
+@contextmanager
+def _few_modules() -> Iterator[None]:
+    """Refuse a model without end, as a depth of a hundred million is: it takes all memory, also where its weights take none."""
+    left = MOST_MODULES
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise InputError(f"the model has more than {MOST_MODULES:,} modules")
+
+    handle = register_module_module_registration_hook(count)
     try:
-        with torch.device("meta"):
-            return models.build(name, **options)
-    except InputError:
-        with torch.random.fork_rng(devices=[]):
-            return models.build(name, **options)
+        yield
+    finally:
+        handle.remove()
 
 
 def _unmatched(key: Key, pattern: str, sites: Sequence[Site]) -> Iterator[tuple[Key, str]]:

@@ -113,7 +113,7 @@ class Sitting:
             Diverged: a weight is not finite; the checkpoints are as before.
         """
         if any_rank(not _finite(self.setup.model)):
-            raise Diverged(f"a weight was infinite or not a number after step {self.progress.step}")
+            raise Diverged(f"a weight, or a running statistic, was infinite or not a number after step {self.progress.step}")
         if self.board is not None:
             self.board.flush()  # or a kill would take events of steps that are not taken again
         self.progress.seconds = time.perf_counter() - self.begun
@@ -150,6 +150,10 @@ def train(
         except KeyboardInterrupt as error:
             what = str(error) or "stopped"
             raise KeyboardInterrupt(f"{what}; go on with `fahooks train --resume {run.path}`") from error
+        except Exception as error:
+            if stop.requested and _of_compiler(error):  # whose processes Ctrl-C ends too
+                raise KeyboardInterrupt(f"stopped in a step; go on with `fahooks train --resume {run.path}`") from error
+            raise
         if rank() == 0:
             _plot(run)
         run.status("finished", result=asdict(result))
@@ -180,17 +184,21 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
             display.line(f"goes on after step {progress.step}, in epoch {min(progress.epoch + 1, epochs)}/{epochs}, from {path}")
         try:
             for epoch in range(progress.epoch + 1, epochs + 1):
-                if not sitting.ended or progress.batch:
-                    _epoch(sitting, epoch)
+                if sitting.ended and not progress.batch:
+                    break
+                _epoch(sitting, epoch)
         except Stopped as stopped:
             sitting.save()
             raise Stopped(f"stopped after step {progress.step}, which is saved") from stopped
         except Diverged as error:
             raise _explained(sitting, error) from error
-        final = evaluate(setup, setup.test, "test", stop)
+        final = _sound(evaluate(setup, setup.test, "test", stop), "test")
         run.log("test", weights="final", epoch=progress.epoch, **final)
         checkpoint.load_weights(run.best, setup.evaluated)
-        best = final if progress.best_epoch == progress.epoch else evaluate(setup, setup.test, "test", stop)
+        if progress.best_epoch == progress.epoch:
+            best = final
+        else:
+            best = _sound(evaluate(setup, setup.test, "test", stop), "test")
         run.log("test", weights="best", epoch=progress.best_epoch, **best)
         run.summarise()
         _to_board(board, best, progress.step)
@@ -214,7 +222,7 @@ def _epoch(sitting: Sitting, epoch: int) -> None:
     """Train for an epoch, or what is left of it, validate, log, and save."""
     setup, run, progress = sitting.setup, sitting.run, sitting.progress
     row = {"epoch": epoch, **train_epoch(sitting, epoch)}
-    row |= evaluate(setup, setup.validation, "validation", sitting.stop)
+    row |= _sound(evaluate(setup, setup.validation, "validation", sitting.stop), "validation")
     progress.finish_epoch()
     if row["validation_error"] < progress.best_error:
         progress.best_error, progress.best_epoch = row["validation_error"], epoch
@@ -228,6 +236,14 @@ def _epoch(sitting: Sitting, epoch: int) -> None:
         f"epoch {epoch}/{setup.recipe.train.epochs}  loss {row['train_loss']:.4f}  error {row['train_error']:.2f} %  "
         f"validation error {row['validation_error']:.2f} %  {row['images_per_second']:,.0f} images/s"
     )
+
+
+def _sound(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """What `evaluate` found; no error is worth anything where the loss is not finite."""
+    loss = found[f"{name}_loss"]
+    if not math.isfinite(loss):
+        raise Diverged(f"the {name} loss was {loss}, in evaluation mode")
+    return found
 
 
 def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
@@ -298,9 +314,15 @@ def _shown(progress: Progress) -> dict[str, float]:
     return {"loss": progress.loss_sum / seen, "error": 100 * progress.wrong / seen, "speed": seen / progress.epoch_seconds}
 
 
-@torch.no_grad()
 def evaluate(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None = None) -> dict[str, Any]:
-    """Mean cross-entropy and error (percent) over all valid images of `stream`, in evaluation mode, as NAME_loss and NAME_error.
+    """What `measure` finds, as NAME_loss and NAME_error."""
+    loss, error, _ = measure(setup, stream, name, stop)
+    return {f"{name}_loss": loss, f"{name}_error": error}
+
+
+@torch.no_grad()
+def measure(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None = None) -> tuple[float, float, int]:
+    """Mean cross-entropy and error (percent) over all valid images of `stream`, in evaluation mode, and how many these are.
 
     Raises:
         Stopped: `stop` was asked for.
@@ -321,7 +343,7 @@ def evaluate(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None
     loss, right, seen = total(sums).tolist()
     if not seen:
         raise InputError(f"no image of the {name} split can be decoded, so there is nothing to measure an error on")
-    return {f"{name}_loss": loss / seen, f"{name}_error": 100 * (seen - right) / seen}
+    return loss / seen, 100 * (seen - right) / seen, int(seen)
 
 
 def _measure(setup: Setup, p: Probe, batch: Batch) -> None:
@@ -368,6 +390,12 @@ def _plot(run: RunDirectory) -> None:
     figures.comparison([read_run(run.path)], run.plots)
 
 
+def _of_compiler(error: Exception) -> bool:
+    """Whether torch.compile raised it, whose module takes long to import."""
+    return any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)
+
+
 def _finite(model: nn.Module) -> bool:
-    own = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
-    return bool(torch.stack([weight.isfinite().all() for weight in own]).all())
+    held = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in held]
+    return bool(torch.stack([tensor.isfinite().all() for tensor in own]).all())

@@ -161,6 +161,8 @@ class RunDirectory:
         try:
             self.write("status.json", text)
         except OSError:
+            if not (self.path / "status.json").is_file():
+                raise
             # A full disk has no room for another file, but the block that this one has can be written to.
             with (self.path / "status.json").open("r+", encoding="utf-8") as file:
                 file.write(text)

@@ -62,11 +62,17 @@ def plan(
     source = find(name)
     if seeds is not None and any(override.partition("=")[0] == "seed" for override in overrides):
         raise InputError("--seeds says which seeds there are: leave --set seed away")
+    swept = {sweep.partition("=")[0] for sweep in sweeps}
+    for override in overrides:
+        if (key := override.partition("=")[0]) in swept:
+            raise InputError(f"--sweep says which values {key} takes: leave --set {key} away")
     settings = list(itertools.islice(itertools.product(*map(_values, sweeps)), MAX_RUNS + 1))
     seeds = seeds if seeds is not None else [load(source, overrides).seed]
     if len(settings) * len(seeds) > MAX_RUNS:
         raise InputError(f"a sweep of more than {MAX_RUNS:,} runs: sweep over fewer values")
     out = out or RUNS / f"{load(source, overrides).name}-sweep"
+    if (out / "resolved.yaml").is_file():
+        raise InputError(f"--out {str(out)!r} is the directory of one run: name another folder for a series")
     runs = []
     for seed in seeds:
         for setting in settings:

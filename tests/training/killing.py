@@ -2,7 +2,8 @@
 
 One process imports everything once and forks: a run that nobody disturbs, and one that is killed with SIGKILL. Half of the kills
 come from outside, at random times; the other half strike inside a write: before a random one of the calls that bring a file to
-the disk, give it its name, or delete it. What came out is printed as JSON.
+the disk, give it its name, or delete it, or in the middle of its content. No checkpoint is ever torn. What came out is printed
+as JSON.
 
 With the memory loader it learns scikit-learn's digits; with ffcv, JPEG files of 32x32 pixels: those of CIFAR-10 where
 FAHOOKS_DATA has them, else made-up ones. The .beton files are written anew by every process that begins.
@@ -19,10 +20,11 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy
 import torch
@@ -30,7 +32,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fahooks.recipe import load
-from fahooks.training import commands
+from fahooks.training import checkpoint, commands, run_directory
+from fahooks.training.checkpoint import PassedOver
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import prepare
 
@@ -140,9 +143,10 @@ def start(folder: Path, dies_at: int | None = None) -> int:
     code = 1
     try:
         sys.stdout = open(os.devnull, "w")
+        warnings.simplefilter("error", PassedOver)
         torch.set_num_threads(1)  # makes torch's pool anew, which is lost by a fork, and which two threads at once get wrong
         if dies_at is not None:
-            die_inside_a_write(dies_at)
+            (die_in_the_middle if dies_at % 2 else die_inside_a_write)(dies_at)
         commands.resume_newest("killed.yaml", out=folder)
         code = 0
     except BaseException:
@@ -165,6 +169,32 @@ def die_inside_a_write(number: int) -> None:
 
     for name in CALLS:
         setattr(os, name, deadly(getattr(os, name)))
+
+
+def die_in_the_middle(number: int) -> None:
+    """Die when half of a piece of a file is written; a checkpoint has some hundred pieces."""
+    left = [10 * number]
+    real = run_directory.write
+
+    class Deadly:
+        def __init__(self, file: BinaryIO) -> None:
+            self.file = file
+
+        def write(self, piece: Any) -> int:
+            if left[0] == 0:
+                self.file.write(bytes(piece)[: len(piece) // 2])
+                self.file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return self.file.write(piece)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    def write(path: Path, content: Callable[[Any], object]) -> None:
+        real(path, lambda file: content(Deadly(file)))
+
+    run_directory.write = checkpoint.write = write
 
 
 def ended(process: int) -> int:

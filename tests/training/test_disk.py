@@ -66,6 +66,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
+def fill(file: Path) -> None:
+    with file.open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+        while filler.write(bytes(4096)):
+            pass
+
+
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint_from_which_the_run_goes_on(disk: Path, tmp_path: Path):
     """The first checkpoint, of 1.3 MB, fits; the next one, with Adam's moments, is of 5 MB."""
     whole, run = RunDirectory(tmp_path / "whole"), RunDirectory(disk / "run")
@@ -75,14 +81,17 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint_from_which_the_run_goes_
     assert line.endswith(f"then go on with `fahooks train --resume {run.path}`; the last checkpoint is whole")
     assert run.read_status()["state"] == "failed"
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000000.pt"]
-    (disk / "filler").write_bytes(b"")
-    with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
-        while filler.write(bytes(4096)):
-            pass
+    run.status("interrupted")
+    fill(disk / "filler")
     line = one_line(fahooks("train", "--resume", run.path))  # not even a kilobyte is left
     assert "No space left on device" in line
     assert json.loads((run.path / "status.json").read_text())["state"] == "failed"
-    (disk / "filler").unlink()
+    (disk / "new").mkdir()
+    fill(disk / "more")
+    with pytest.raises(OSError, match="No space left"):
+        RunDirectory(disk / "new").status("failed")  # which has no block yet
+    for filler in ("filler", "more"):
+        (disk / filler).unlink()
     subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
     done = fahooks("train", "--resume", run.path)
     assert done.exit_code == 0, done.output

@@ -162,3 +162,36 @@ def test_a_learning_rate_that_is_too_high_is_traced(
     assert message.endswith(f"or set train.clip_norm; the last checkpoint is {run.checkpoints}/step-000000000.pt")
     assert json.loads((run.path / "status.json").read_text())["reason"] == message
     assert "are taken again, to find where that came from" in capsys.readouterr().out
+
+
+ONE_STEP = ("data.limit=60", "data.batch_size=500", "data.validation=10", "train.epochs=1", "feedback=[{rule: bp}]")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ("{name: sgd, lr: 1.0e+38}", "the validation loss was (nan|inf), in evaluation mode: "),
+        (
+            "{name: sgd, lr: 3.0e+38, momentum: 0.9, weight_decay: 10}",
+            r"the validation loss was nan, in evaluation mode: first at step 1, '\S+' was (nan|inf) after the optimizer's step; ",
+        ),
+    ],
+)
+def test_a_last_step_that_ruins_the_weights_is_no_finished_run(
+    optimizer: str, message: str, tiny: Callable[..., Recipe], tmp_path: Path
+):
+    setup = prepare(tiny(f"optim={optimizer}", *ONE_STEP))
+    run = RunDirectory.create(setup.recipe, SOURCE, out=tmp_path / "run")
+    with pytest.raises(Diverged, match=f"^{message}"):
+        train(setup, run)
+    assert run.read_status()["state"] == "failed" and not run.best.exists()
+
+
+def test_no_checkpoint_is_made_of_weights_that_are_not_finite(tiny: Callable[..., Recipe], tmp_path: Path):
+    setup = prepare(tiny("checkpoint.every=1", "optim={name: sgd, lr: 3.0e+38, momentum: 0.9, weight_decay: 10}", *ONE_STEP[3:]))
+    run = RunDirectory.create(setup.recipe, SOURCE, out=tmp_path / "run")
+    with pytest.raises(
+        Diverged, match="^a weight, or a running statistic, was infinite or not a number after step 1: first at step 1"
+    ):
+        train(setup, run)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000000.pt"]

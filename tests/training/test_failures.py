@@ -85,6 +85,22 @@ def test_each_end_is_recorded(tmp_path: Path):
     assert run.read_status()["reason"].startswith("ZeroDivisionError: why; this is a fault of fahooks or a plugin")
 
 
+def test_what_a_compiler_says_at_length_is_told_in_short(tmp_path: Path):
+    run = RunDirectory(tmp_path)
+    with pytest.raises(Failed, match=r"y y y +[.]{3}; this is a fault") as caught, recorded(run):
+        raise ValueError("y " * 50_000)
+    assert len(str(caught.value)) < 1_000
+    assert "y " * 40_000 in run.failure.read_text()
+
+
+def test_without_a_checkpoint_none_is_said_to_be_whole(tmp_path: Path):
+    run, full = RunDirectory(tmp_path), OSError(errno.ENOSPC, "No space left on device")
+    assert "is whole" not in str(reason(full, run))
+    run.checkpoints.mkdir()
+    (run.checkpoints / "step-000000001.pt").touch()
+    assert str(reason(full, run)).endswith("; the last checkpoint is whole")
+
+
 LARGE = [
     f"--set={o}" for o in ("data.batch_size=1300", "train.epochs=6", "train.threads=1", "train.device=cpu", "probes.every=null")
 ]

@@ -78,3 +78,8 @@ def test_a_model_that_the_meta_device_can_not_hold_is_built_beside_the_random_nu
     ((key, _),) = misfits(recipe("{name: mine}", "[{match: '2', rule: fa}]"))
     assert key == ("feedback", 0, "match")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_without_end_is_refused_before_it_takes_all_memory():
+    ((key, words),) = misfits(recipe("{name: timm/resnet18, layers: [100000000, 1, 1, 1]}"))
+    assert key == ("model",) and "more than 100,000 modules" in words

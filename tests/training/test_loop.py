@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._inductor.exc import InductorError
 
 from fahooks import models
 from fahooks.data import Batch, Stream
@@ -181,6 +182,22 @@ def test_a_stop_is_heeded_after_the_step_and_a_second_one_at_once(run: Run, tmp_
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGHUP)
+
+
+def test_a_compiler_that_the_stop_ended_too_is_no_fault(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def compiles(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise InductorError(RuntimeError("g++ was killed"), None)
+
+    monkeypatch.setattr(loop, "take_step", compiles)
+    with pytest.raises(KeyboardInterrupt, match="stopped in a step; go on with `fahooks train --resume"):
+        run("a")
+    assert RunDirectory(tmp_path / "a").read_status()["state"] == "interrupted"
+
+
+def test_epochs_after_the_last_step_are_not_gone_through(run: Run):
+    held, _ = run("a", "train.epochs=1000000000000", "train.max_steps=2")
+    assert held.read_status()["state"] == "finished"
 
 
 def test_hooks_act_on_the_run(run: Run, tiny: Tiny):

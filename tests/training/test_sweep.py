@@ -64,6 +64,7 @@ def test_values_are_told_apart_by_commas_outside_of_brackets_and_each_is_taken_o
         (["optim.lr=" + ",".join(map(str, range(1, 1200)))], None, (), "more than 1,000 runs"),
         ([f"a.b{n}={','.join('abcdefghij')}" for n in range(12)], None, (), "more than 1,000 runs"),
         ([RATES], (0, 1), ("seed=4",), "--seeds says which seeds there are"),
+        ([RATES], None, (f"{RATES.partition('=')[0]}=5",), "--sweep says which values optim.lr takes: leave --set optim.lr away"),
     ],
 )
 def test_what_is_no_sweep_is_refused(sweeps: list[str], seeds: tuple[int, ...] | None, more: tuple[str, ...], message: str):
@@ -120,7 +121,7 @@ def test_images_are_loaded_once_a_sweep_and_opened_once_a_seed(in_tmp: Path, mon
     commands.start("quickstart", (*TINY, "optim.lr=1e-4", "seed=1"), Path("alone"))
     assert Path("alone/best.safetensors").read_bytes() == weights(plan)[4]
     calls.update(load=0, open_streams=0)
-    assert sweep.train_missing(planned("data.limit=60,50", out=Path("other"))) == []
+    assert sweep.train_missing(planned("data.validation=12,10", out=Path("other"))) == []
     assert calls == {"load": 1, "open_streams": 3}, (
         "control: other images are opened anew; the last checked are the first trained on"
     )
@@ -150,6 +151,13 @@ def test_an_interrupted_run_goes_on_with_the_loader_it_began_with(in_tmp: Path, 
     (run,) = planned("optim.lr=1e-3").runs
     assert run.finished and run.run.made_from["data"]["loader"] == "torchvision"
     assert sweep.train_missing(planned("optim.lr=1e-3", more=("data.loader=memory",))) == [], "it is finished"
+
+
+def test_the_directory_of_one_run_is_not_that_of_a_series(in_tmp: Path):
+    (in_tmp / "run").mkdir()
+    (in_tmp / "run" / "resolved.yaml").write_text("")
+    with pytest.raises(InputError, match="--out 'run' is the directory of one run: name another folder for a series"):
+        planned(RATES, out=Path("run"))
 
 
 def test_what_another_recipe_made_is_not_taken(in_tmp: Path):
