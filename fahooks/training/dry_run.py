@@ -59,7 +59,8 @@ class Cost:
         where = "of the GPU" if setup.device.type == "cuda" else "of this process"
         speed = f"{batch / self.step:,.0f} images/s in training, {self.evaluated / self.evaluation:,.0f} in evaluation"
         return [
-            ("data", f"{recipe.data.dataset}, {counts} of {images} (CxHxW), loader {recipe.data.loader}"),
+            ("data", f"{recipe.data.dataset}, {counts} of {images} (CxHxW)"),
+            ("loader", setup.choices.get("data.loader", recipe.data.loader)),
             ("steps", f"{setup.steps:,}, of {batch} images, {len(setup.train):,} an epoch"),
             ("loss", f"{self.loss:.4g} at the first step"),
             ("speed", f"{speed}, on {_device(setup)}"),

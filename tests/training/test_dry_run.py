@@ -39,8 +39,9 @@ def test_the_estimate_adds_up_steps_validations_and_tests(cost: Cost):
 
 def test_the_lines_say_what_was_asked(cost: Cost):
     said = dict(cost.lines())
-    assert list(said) == ["data", "steps", "loss", "speed", "memory", "time"]
-    assert said["data"] == "digits, 96 training, 24 validation and 360 test images of 1x8x8 (CxHxW), loader memory"
+    assert list(said) == ["data", "loader", "steps", "loss", "speed", "memory", "time"]
+    assert said["data"] == "digits, 96 training, 24 validation and 360 test images of 1x8x8 (CxHxW)"
+    assert said["loader"] == "memory: its images are arrays, which are in memory anyway"
     assert said["steps"] == "15, of 40 images, 3 an epoch"
     # conv1, conv2, dense and output with their biases, float32; Adam has two moments of each, and its counters.
     weights = 4 * (32 * 25 + 32 + 64 * 32 * 25 + 64 + 256 * 1024 + 1024 + 10240 + 10)
