@@ -87,11 +87,12 @@ def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str]
         raise InputError(f"{error.fault}; {advice}") from error
     step = _load(run, weights, setup, trained)
     with setup.train, setup.validation, setup.test:
-        validation, test = (
-            dict(zip(("loss", "error", "images"), measure(setup, stream, name), strict=True))
-            for name, stream in (("validation", setup.validation), ("test", setup.test))
-        )
-    return Evaluation(setup.recipe, weights, step, validation, test)
+        validation, test = measure(setup, setup.validation, "validation"), measure(setup, setup.test, "test")
+    return Evaluation(setup.recipe, weights, step, *(_named(*found) for found in (validation, test)))
+
+
+def _named(loss: float, error: float, images: int) -> dict[str, float]:
+    return {"loss": loss, "error": error, "images": images}
 
 
 def _statistics(trained: Recipe) -> tuple[Tensor, Tensor]:
