@@ -97,7 +97,9 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(run):
     done = run("train", "quickstart", *SMALL, "--dry-run")
     assert done.exit_code == 0, done.output
     assert "conv1   Conv2d  32x1x5x5" in done.stdout
-    assert [line.split()[0] for line in done.stdout.splitlines()[-6:]] == ["data", "steps", "loss", "speed", "memory", "time"]
+    assert [line.split()[0] for line in done.stdout.splitlines()[-7:]] == [
+        *("data", "loader", "steps", "loss", "speed", "memory", "time")
+    ]
     assert list(Path().iterdir()) == []
 
 
