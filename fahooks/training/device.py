@@ -50,8 +50,8 @@ def set_up(recipe: Recipe, device: torch.device) -> None:
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """What mallopt(3) calls them, and malloc.h numbers them."""
 
-LARGEST_BLOCK, LARGE_PAGE, HEAP = 2**25, 2**21, 2**31 - 2**25
-"""Bytes of the largest block that glibc may take from its heap, of a large page, and of the heap that is kept, an int."""
+LARGEST_BLOCK, LARGE_PAGE, HEAP = 2**25, 2**21, 2**31 - 2**25  # mallopt takes ints
+"""Bytes of the largest block that glibc may take from its heap, of a large page, and of the heap that is kept."""
 
 OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 """Variables of the environment that say what the allocator is to do."""
@@ -75,7 +75,7 @@ def tune_allocator() -> None:
     begin = libc.sbrk(0)
     libc.mallopt(M_TOP_PAD, HEAP - 2 * LARGEST_BLOCK)
     libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(LARGEST_BLOCK - LARGE_PAGE))))
-    libc.mallopt(M_TOP_PAD, 2**17)  # what it was
+    libc.mallopt(M_TOP_PAD, 2**17)  # glibc's default
     first, last = -(-begin // LARGE_PAGE), libc.sbrk(0) // LARGE_PAGE
     if last > first:  # not where the heap can not grow, or did before
         # The kernel may have no large pages: then all is as it was.

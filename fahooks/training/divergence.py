@@ -31,8 +31,8 @@ def origin(setup: Setup, checkpoints: Checkpoints, best: Path, steps: range, sto
         stop: whether the run is asked to stop.
 
     Returns:
-        The step, and what `first_not_finite` says of it, or which parameter it left not finite; None where all numbers are finite
-        this time.
+        The step, and what `first_not_finite` says of it, or which parameter it left infinite or not a number; None where all
+        numbers are finite this time.
 
     Raises:
         Stopped: the run was asked to stop.
@@ -52,13 +52,9 @@ def origin(setup: Setup, checkpoints: Checkpoints, best: Path, steps: range, sto
             break
         take_step(setup, batch)
         if step in steps:
-            bad = [
-                f"{name!r} was {_kind(p)} after the optimizer's step"
-                for name, p in setup.model.named_parameters()
-                if not _finite(p)
-            ]
-            if bad:
-                return step, bad[0]
+            bad = next(((name, p) for name, p in setup.model.named_parameters() if not _finite(p)), None)
+            if bad is not None:
+                return step, f"{bad[0]!r} was {_kind(bad[1])} after the optimizer's step"
     return None
 
 

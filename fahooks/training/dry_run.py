@@ -13,7 +13,7 @@ import torch
 
 from fahooks.plugins import InputError
 from fahooks.recipe import find, load
-from fahooks.training.loop import evaluate
+from fahooks.training.loop import measure
 from fahooks.training.resolution import with_data
 from fahooks.training.setup import Setup, prepare
 from fahooks.training.step import take_step
@@ -97,7 +97,7 @@ def dry_run(name: str, overrides: Sequence[str] = ()) -> Cost:
         losses = sum(outcome.losses.item() for outcome in take_step(setup, first))
         step = _timed(setup, lambda: take_step(setup, next(batches)))
         evaluated = next(iter(setup.validation))
-        evaluation = _timed(setup, lambda: evaluate(setup, [evaluated], "validation"))
+        evaluation = _timed(setup, lambda: measure(setup, [evaluated], "validation"))
     cuda = setup.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Cost(setup, losses / max(1, int(first.valid.sum())), step, evaluation, evaluated.count, peak)

@@ -36,7 +36,7 @@ class Evaluation:
         recipe: of the run, on the images that were evaluated.
         weights: which of its weights.
         step: optimizer steps that the last weights had taken; None for the best ones.
-        validation: loss (mean cross-entropy), error (percent) and images of the validation split.
+        validation: loss (mean cross-entropy), error (percent) and valid images of the validation split.
         test: the same of the test set.
     """
 
@@ -88,11 +88,7 @@ def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str]
     step = _load(run, weights, setup, trained)
     with setup.train, setup.validation, setup.test:
         validation, test = measure(setup, setup.validation, "validation"), measure(setup, setup.test, "test")
-    return Evaluation(setup.recipe, weights, step, *(_named(*found) for found in (validation, test)))
-
-
-def _named(loss: float, error: float, images: int) -> dict[str, float]:
-    return {"loss": loss, "error": error, "images": images}
+    return Evaluation(setup.recipe, weights, step, validation, test)
 
 
 def _statistics(trained: Recipe) -> tuple[Tensor, Tensor]:

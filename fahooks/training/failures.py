@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import textwrap
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ NO_MEMORY = (
     *("out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED"),
 )
 LONGEST = 500
-"""Characters of a fault of the program that are told; its traceback has all of them."""
+"""Characters of a fault of the program that are told, of which compilers may have a hundred thousand; its traceback has all."""
 
 
 @contextmanager
@@ -83,8 +84,7 @@ def _record(run: RunDirectory, error: Exception, known: str) -> None:
 
 def _fault(error: Exception, run: RunDirectory) -> str:
     """A line about a fault of the program, whose traceback goes into failure.txt."""
-    known = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    known = known if len(known) <= LONGEST else f"{known[:LONGEST]} ..."  # compilers say all that theirs said
+    known = textwrap.shorten(f"{type(error).__name__}: {error}", LONGEST, placeholder=" ...")
     try:
         run.write("failure.txt", "".join(traceback.format_exception(error)))
     except OSError as unwritable:

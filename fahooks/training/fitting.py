@@ -74,6 +74,7 @@ def _model(recipe: Recipe) -> nn.Module:
 
 
 MOST_MODULES = 100_000
+"""More than any model has that a machine could train."""
 
 
 @contextmanager

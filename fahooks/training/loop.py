@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.tensorboard import SummaryWriter
 
 from fahooks.data import Batch
@@ -110,7 +111,7 @@ class Sitting:
         """Write a checkpoint of this moment.
 
         Raises:
-            Diverged: a weight is not finite; the checkpoints are as before.
+            Diverged: a weight or a running statistic is not finite; the checkpoints are as before.
         """
         if any_rank(not _finite(self.setup.model)):
             raise Diverged(f"a weight, or a running statistic, was infinite or not a number after step {self.progress.step}")
@@ -192,13 +193,10 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
             raise Stopped(f"stopped after step {progress.step}, which is saved") from stopped
         except Diverged as error:
             raise _explained(sitting, error) from error
-        final = _sound(evaluate(setup, setup.test, "test", stop), "test")
+        final = evaluate(setup, setup.test, "test", stop)
         run.log("test", weights="final", epoch=progress.epoch, **final)
         checkpoint.load_weights(run.best, setup.evaluated)
-        if progress.best_epoch == progress.epoch:
-            best = final
-        else:
-            best = _sound(evaluate(setup, setup.test, "test", stop), "test")
+        best = final if progress.best_epoch == progress.epoch else evaluate(setup, setup.test, "test", stop)
         run.log("test", weights="best", epoch=progress.best_epoch, **best)
         run.summarise()
         _to_board(board, best, progress.step)
@@ -222,7 +220,7 @@ def _epoch(sitting: Sitting, epoch: int) -> None:
     """Train for an epoch, or what is left of it, validate, log, and save."""
     setup, run, progress = sitting.setup, sitting.run, sitting.progress
     row = {"epoch": epoch, **train_epoch(sitting, epoch)}
-    row |= _sound(evaluate(setup, setup.validation, "validation", sitting.stop), "validation")
+    row |= evaluate(setup, setup.validation, "validation", sitting.stop)
     progress.finish_epoch()
     if row["validation_error"] < progress.best_error:
         progress.best_error, progress.best_epoch = row["validation_error"], epoch
@@ -236,14 +234,6 @@ def _epoch(sitting: Sitting, epoch: int) -> None:
         f"epoch {epoch}/{setup.recipe.train.epochs}  loss {row['train_loss']:.4f}  error {row['train_error']:.2f} %  "
         f"validation error {row['validation_error']:.2f} %  {row['images_per_second']:,.0f} images/s"
     )
-
-
-def _sound(found: dict[str, Any], name: str) -> dict[str, Any]:
-    """What `evaluate` found; no error is worth anything where the loss is not finite."""
-    loss = found[f"{name}_loss"]
-    if not math.isfinite(loss):
-        raise Diverged(f"the {name} loss was {loss}, in evaluation mode")
-    return found
 
 
 def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
@@ -266,7 +256,7 @@ def train_epoch(sitting: Sitting, epoch: int) -> dict[str, Any]:
     setup.train.set_epoch(epoch, start=progress.batch)
     for batch in () if sitting.ended else setup.train:
         if every and progress.step % every == 0:
-            _measure(setup, sitting.probe, batch)
+            _probe(setup, sitting.probe, batch)
             _log_probe(sitting, epoch)
         outcomes += take_step(setup, batch)
         progress.step += 1
@@ -315,14 +305,31 @@ def _shown(progress: Progress) -> dict[str, float]:
 
 
 def evaluate(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None = None) -> dict[str, Any]:
-    """What `measure` finds, as NAME_loss and NAME_error."""
-    loss, error, _ = measure(setup, stream, name, stop)
-    return {f"{name}_loss": loss, f"{name}_error": error}
+    """Loss and error as `measure` finds them, under NAME_loss and NAME_error.
+
+    Raises:
+        Diverged: the loss is infinite or not a number, and so the error worth nothing.
+        Stopped: `stop` was asked for.
+        InputError: no image is valid.
+    """
+    found = measure(setup, stream, name, stop)
+    if not math.isfinite(found["loss"]):
+        raise Diverged(f"the {name} loss was {found['loss']}, in evaluation mode")
+    return {f"{name}_loss": found["loss"], f"{name}_error": found["error"]}
 
 
 @torch.no_grad()
-def measure(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None = None) -> tuple[float, float, int]:
-    """Mean cross-entropy and error (percent) over all valid images of `stream`, in evaluation mode, and how many these are.
+def measure(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None = None) -> dict[str, float]:
+    """Mean cross-entropy and error (percent) over all valid images of a split, in evaluation mode.
+
+    Arguments:
+        setup: what `prepare` made.
+        stream: the split.
+        name: what messages call it.
+        stop: whether the run is asked to stop.
+
+    Returns:
+        loss, error and images, how many of them are valid, over all ranks.
 
     Raises:
         Stopped: `stop` was asked for.
@@ -343,10 +350,10 @@ def measure(setup: Setup, stream: Iterable[Batch], name: str, stop: Stop | None 
     loss, right, seen = total(sums).tolist()
     if not seen:
         raise InputError(f"no image of the {name} split can be decoded, so there is nothing to measure an error on")
-    return loss / seen, 100 * (seen - right) / seen, int(seen)
+    return {"loss": loss / seen, "error": 100 * (seen - right) / seen, "images": int(seen)}
 
 
-def _measure(setup: Setup, p: Probe, batch: Batch) -> None:
+def _probe(setup: Setup, p: Probe, batch: Batch) -> None:
     count = counted(setup, batch)
     part = batch.split(setup.recipe.train.accumulate, setup.train.view.world)[0]  # more may find no room
     p.measure(lambda: loss_of(setup, setup.model, part.images, known(part), count=count)[0])
@@ -396,6 +403,9 @@ def _of_compiler(error: Exception) -> bool:
 
 
 def _finite(model: nn.Module) -> bool:
-    held = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
-    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in held]
+    """Whether all parameters and running statistics are; a mask may well hold infinities."""
+    statistics = (
+        buffer for module in model.modules() if isinstance(module, _NormBase) for buffer in module.buffers(recurse=False)
+    )
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in (*model.parameters(), *statistics)]
     return bool(torch.stack([tensor.isfinite().all() for tensor in own]).all())

@@ -59,23 +59,10 @@ def make_schedule(
         warmup = config.warmup * steps
         return min(1.0, (step + 1) / warmup if warmup else 1.0) * _factor(config, step // steps, epochs)
 
-    schedule = _Schedule(optimizer, factor)
+    schedule = LambdaLR(optimizer, factor)
     # It goes by epochs, also in a step that a GradScaler skips, of which torch would warn where that is the first one.
     optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
     return schedule
-
-
-class _Schedule(LambdaLR):
-    """As torch's, in a tenth of the time at a step that changes nothing, which most do not."""
-
-    def step(self, epoch: int | None = None) -> None:
-        """Move on."""
-        (factor,) = self.lr_lambdas
-        if epoch is None and self.last_epoch >= 0 and factor(self.last_epoch) == factor(self.last_epoch + 1):
-            self.last_epoch += 1
-            self._step_count += 1
-        else:
-            super().step(epoch)
 
 
 def _factor(config: recipe.Constant | recipe.Step | recipe.Cosine, epoch: int, epochs: int) -> float:

@@ -172,7 +172,7 @@ def die_inside_a_write(number: int) -> None:
 
 
 def die_in_the_middle(number: int) -> None:
-    """Die when half of a piece of a file is written; a checkpoint has some hundred pieces."""
+    """Die when half of a piece of a file is written, of which a checkpoint has many."""
     left = [10 * number]
     real = run_directory.write
 

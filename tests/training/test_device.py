@@ -81,6 +81,20 @@ for area in re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").re
         print(int(" hg" in area.partition("VmFlags:")[2]))
 """
 
+GROWTH = """
+import ctypes, sys
+from fahooks.training.device import tune_allocator
+
+if sys.argv[1] == "kept":
+    tune_allocator()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+begin = libc.sbrk(0)
+while libc.sbrk(0) == begin:  # takes no memory, since nothing is written
+    libc.malloc(ctypes.c_size_t(100_000))
+print(libc.sbrk(0) - begin)
+"""
+
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
 
 
@@ -101,4 +115,5 @@ def test_freed_memory_is_kept_for_its_next_use():
 def test_tensors_ask_for_large_pages():
     assert number(LARGE_PAGES, "kept") == 1
     assert number(LARGE_PAGES, "as it was") == 0, "control"
+    assert number(GROWTH, "kept") < 2**20, "once its 2 GiB are full, the heap grows as ever"
     assert number(LARGE_PAGES, "kept", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=1048576") == 0

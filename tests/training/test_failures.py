@@ -87,7 +87,7 @@ def test_each_end_is_recorded(tmp_path: Path):
 
 def test_what_a_compiler_says_at_length_is_told_in_short(tmp_path: Path):
     run = RunDirectory(tmp_path)
-    with pytest.raises(Failed, match=r"y y y +[.]{3}; this is a fault") as caught, recorded(run):
+    with pytest.raises(Failed, match=r"y y y [.]{3}; this is a fault") as caught, recorded(run):
         raise ValueError("y " * 50_000)
     assert len(str(caught.value)) < 1_000
     assert "y " * 40_000 in run.failure.read_text()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torch._inductor.exc import InductorError
 
 from fahooks import models
@@ -25,7 +26,7 @@ from fahooks.recipe import Recipe
 from fahooks.surgery import convert
 from fahooks.training import checkpoint, loop
 from fahooks.training.checkpoint import Checkpoints
-from fahooks.training.loop import Result, train
+from fahooks.training.loop import Diverged, Result, train
 from fahooks.training.run_directory import RunDirectory
 from fahooks.training.setup import prepare
 from fahooks.training.step import Outcome, known
@@ -184,15 +185,45 @@ def test_a_stop_is_heeded_after_the_step_and_a_second_one_at_once(run: Run, tmp_
             signal.raise_signal(signal.SIGHUP)
 
 
-def test_a_compiler_that_the_stop_ended_too_is_no_fault(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("stopped", "raised", "message", "state"),
+    [
+        (True, KeyboardInterrupt, "stopped in a step; go on with `fahooks train --resume", "interrupted"),
+        (False, Failed, "g[+][+] was killed.* this is a fault", "failed"),
+    ],
+)
+def test_a_compiler_that_the_stop_ended_too_is_no_fault(
+    stopped: bool, raised: type, message: str, state: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def compiles(*_: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
+        if stopped:
+            signal.raise_signal(signal.SIGINT)
         raise InductorError(RuntimeError("g++ was killed"), None)
 
     monkeypatch.setattr(loop, "take_step", compiles)
-    with pytest.raises(KeyboardInterrupt, match="stopped in a step; go on with `fahooks train --resume"):
+    with pytest.raises(raised, match=message):
         run("a")
-    assert RunDirectory(tmp_path / "a").read_status()["state"] == "interrupted"
+    assert RunDirectory(tmp_path / "a").read_status()["state"] == state
+
+
+def test_weights_and_running_statistics_have_to_be_finite_and_masks_have_not():
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    net.register_buffer("mask", torch.full((3,), -math.inf))
+    assert loop._finite(net)
+    for tensor in (net.get_buffer("1.running_var"), net.get_parameter("0.weight").data):
+        before = tensor.clone()
+        tensor.view(-1)[0] = math.nan
+        assert not loop._finite(net)
+        tensor.copy_(before)
+
+
+def test_no_error_is_told_where_the_loss_is_not_finite(tiny: Tiny):
+    setup = prepare(tiny())
+    with torch.no_grad():
+        setup.evaluated.get_parameter("conv1.weight").fill_(math.inf)
+    with pytest.raises(Diverged, match="the test loss was nan, in evaluation mode"):
+        loop.evaluate(setup, setup.test, "test")
+    assert math.isnan(loop.measure(setup, setup.test, "test")["loss"]), "control"
 
 
 def test_epochs_after_the_last_step_are_not_gone_through(run: Run):
