@@ -84,18 +84,21 @@ def first_not_finite(model: nn.Module, loss: Callable[[], Tensor], *, backward: 
         if not found and not _finite(value):
             found.append(f"the loss was {_kind(value)}, of outputs that are finite")
         if not found and backward:
-            parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            named = zip(parameters, gradients, strict=True)
-            bad = [f"{name!r} got a gradient of {_kind(g)} in the backward pass" for name, g in named if not _finite(g)]
-            found += bad[-1:]  # the last one, in the order of the forward pass, is the first one on the way back
+            torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     return found[0] if found else None
 
 
 @contextmanager
 def _watched(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Note in `found`, in order, what the layers of `model` make that is not finite of what is."""
+    """Note in `found`, in order, what the layers of `model` make that is not finite of what is.
+
+    Autograd calls the hook of a parameter when its gradient is there: in the order of the backward pass, not that of parameters.
+    """
     handles: list[Any] = []
+
+    def gradient_of(name: str, gradient: Tensor) -> None:
+        if not _finite(gradient):
+            found.append(f"{name!r} got a gradient of {_kind(gradient)} in the backward pass")
 
     def watch(name: str, module: nn.Module) -> None:
         said = f"layer {name!r}" if name else "the model"
@@ -141,6 +144,7 @@ def _watched(model: nn.Module, found: list[str]) -> Iterator[None]:
         holds_none = all(id(child) in rules for child in module.children())
         if id(module) not in rules and (holds_none or module._parameters):
             watch(name, module)
+    handles += [p.register_hook(partial(gradient_of, name)) for name, p in model.named_parameters() if p.requires_grad]
     try:
         yield
     finally:

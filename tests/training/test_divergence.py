@@ -115,6 +115,55 @@ def test_a_feedback_matrix_that_is_not_finite_is_found():
     assert found is not None and found.startswith("layer '2' sent an error of") and "of a finite one" in found
 
 
+class Steep(torch.autograd.Function):
+    """x + weight, where the error of x is finite and the gradient of the weight is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x + weight
+
+    @staticmethod
+    def backward(ctx: Any, *errors: Tensor) -> tuple[Tensor, Tensor]:
+        return errors[0], torch.full_like(errors[0][0], math.inf)
+
+
+class Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Steep.apply(x, self.weight)
+
+
+@pytest.mark.parametrize("rule", [None, "fa", "dfa"])
+@pytest.mark.parametrize("order", [("early", "late"), ("late", "early")], ids=" ".join)
+def test_of_several_gradients_the_first_of_the_backward_pass_is_named(order: tuple[str, str], rule: str | None):
+    class Two(nn.Module):
+        """Its parameters are in either order, and its forward pass in one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            for name in order:
+                setattr(self, name, Shift())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.late(self.early(x).tanh())
+
+    net = model(Two())
+    if rule is not None:
+        fahooks.convert(net, rule)
+    assert blamed(net) == "'2.late.weight' got a gradient of inf in the backward pass"
+    assert not any(p._backward_hooks for p in net.parameters())
+
+
+def test_a_gradient_is_named_before_the_error_that_a_layer_below_sends():
+    net = nn.Sequential(nn.Linear(3, 4), BadBackward(), Shift(), nn.Linear(4, 2))
+    assert blamed(net) == "'2.weight' got a gradient of inf in the backward pass"
+    net = nn.Sequential(nn.Linear(3, 4), Shift(), BadBackward(), nn.Linear(4, 2))
+    assert blamed(net) == "layer '2' sent an error of nan below in the backward pass, of a finite one", "control"
+
+
 def test_what_happens_outside_of_layers_is_named_by_the_layer_before():
     net = nn.Sequential(nn.Linear(3, 3))
     x = torch.ones(2, 3)
