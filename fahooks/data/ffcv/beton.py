@@ -92,8 +92,9 @@ def read(path: Path, *, channels: int) -> Beton:
         raw = (mode == RAW) & (size > 0)
         wrong = (start != allocated_at) | (start < METADATA_AT + examples.nbytes) | (size < 0) | (start > tables - size)
         wrong |= (raw & (size != height * width * channels)) | (mode > RAW)
+        wrong |= (size > 0) & (height * width == 0)  # a decoder that is told 0 takes the size of the JPEG, and writes as much
         if wrong.any():
-            raise ValueError(f"the address of image {int(wrong.argmax())}")
+            raise ValueError(f"the address or size of image {int(wrong.argmax())}")
     except (ValueError, IndexError, OverflowError) as error:
         raise InputError(f"{path} is damaged or of another kind ({error}): remove it, and it is written anew") from error
     return Beton(path, data, start, size, mode, height, width)

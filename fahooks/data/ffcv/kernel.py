@@ -12,7 +12,7 @@ from numba import njit, types
 from numba.core.errors import NumbaWarning
 
 from fahooks.data.ffcv.beton import RAW, Beton
-from fahooks.data.ffcv.library import load
+from fahooks.data.ffcv.library import jpeg_size, load
 
 # By name, since a function that holds an address can not be kept for other processes.
 NAME = "fahooks_ffcv_imdecode"
@@ -23,6 +23,8 @@ _decode_jpeg = types.ExternalFunction(
         types.voidptr, types.uint64, types.uint32, types.uint32, types.voidptr, *[types.uint32] * 6, types.boolean, types.boolean
     ),
 )
+# Numba does not see in what it kept that a function of another file has changed: change this file too.
+_jpeg_size = njit(nogil=True)(jpeg_size)
 
 
 def decode(file: Beton, places: numpy.ndarray, pixels: numpy.ndarray) -> numpy.ndarray:
@@ -50,6 +52,8 @@ def _loop(data, start, size, mode, height, width, places, pixels, scratch, good)
         good[n] = size[place] > 0 and height[place] == high and width[place] == wide
         if good[n] and mode[place] == RAW:
             pixels[n] = packed.reshape(high, wide, channels)
+        elif good[n] and _jpeg_size(packed) != (high, wide):
+            good[n] = False
         elif good[n]:
             target = pixels[n] if channels == 3 else scratch
             failed = _decode_jpeg(

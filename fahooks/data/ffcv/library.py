@@ -53,14 +53,34 @@ def load() -> ctypes.CDLL:
 
 
 def decode_jpeg(data: numpy.ndarray, height: int, width: int) -> numpy.ndarray | None:
-    """The image in a JPEG file, uint8 [height, width, 3]; None if it is damaged in any way.
+    """The image in a JPEG file, uint8 [height, width, 3]; None if it is damaged in any way, or of another size.
 
     Arguments:
         data: the bytes of the file, uint8.
         height: of the image.
         width: of the image.
     """
+    if jpeg_size(data) != (height, width):
+        return None
     pixels = numpy.empty((height, width, 3), numpy.uint8)
     source, target = data.ctypes.data, pixels.ctypes.data
     failed = load().imdecode(source, data.size, height, width, target, height, width, 0, 0, 1, 1, False, False)
     return None if failed else pixels
+
+
+def jpeg_size(data: numpy.ndarray) -> tuple[int, int]:
+    """Height and width in the frame header of a JPEG file (ISO/IEC 10918-1, B.2.2); -1, -1 where there is none.
+
+    FFCV's decoder scales an image that is larger than it was told, fills a part of the buffer where it is smaller, and where it
+    was told 0 writes all of it. Numba compiles this too.
+
+    Arguments:
+        data: the bytes of the file, uint8.
+    """
+    at = 2
+    while at + 8 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return 256 * int(data[at + 5]) + int(data[at + 6]), 256 * int(data[at + 7]) + int(data[at + 8])
+        at += 1 if marker == 0xFF else 2 + 256 * int(data[at + 2]) + int(data[at + 3])
+    return -1, -1

@@ -49,6 +49,20 @@ def test_what_is_damaged_is_black_and_said_so(tmp_path: Path, color: Images):
     assert (pixels[1:3] == 0).all() and (pixels[0] == pixels[3]).all() and (pixels[0] > 0).any()
 
 
+@pytest.mark.parametrize("images", ["color", "gray"])
+def test_a_jpeg_of_another_size_than_its_table_says_is_damaged(tmp_path: Path, request: pytest.FixtureRequest, images: str):
+    from fahooks.data.ffcv.kernel import decode
+
+    source: Images = request.getfixturevalue(images)
+    write(tmp_path / "x", "x", source, Packing("jpg"), digest="", workers=1, corrupt="refuse")
+    file = read(tmp_path / "x", channels=source.shape[0])
+    for height, width in ((16, 16), (8, 16), (4, 4), (9, 8)):
+        file.height[:], file.width[:] = height, width
+        pixels = numpy.full((6, height, width, source.shape[0]), 7, numpy.uint8)
+        assert not decode(file, PLACES, pixels).any()
+        assert (pixels == 0).all()
+
+
 def test_a_second_process_takes_what_the_first_compiled(tmp_path: Path):
     program = """
 import numpy, sys

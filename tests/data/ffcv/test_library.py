@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from fahooks.data.ffcv import library
@@ -26,6 +28,30 @@ def test_a_jpeg_is_decoded_and_a_damaged_one_is_none():
     assert decoded is not None and numpy.abs(decoded.astype(int) - pixels).max() <= 3
     assert library.decode_jpeg(data[: len(data) // 2], 20, 30) is None
     assert library.decode_jpeg(numpy.zeros(100, numpy.uint8), 20, 30) is None
+
+
+@pytest.mark.parametrize("size", [(20, 31), (40, 60), (10, 15), (21, 30), (0, 0), (0, 30), (-1, -1)])
+def test_a_jpeg_of_another_size_is_none(size: tuple[int, int]):
+    data = jpeg(numpy.zeros((20, 30, 3), numpy.uint8))
+    assert library.decode_jpeg(data, *size) is None
+    assert library.decode_jpeg(data, 20, 30) is not None, "control"
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.booleans(), st.booleans())
+def test_the_size_of_a_jpeg_is_that_of_pillow(height: int, width: int, progressive: bool, more: bool):
+    file = io.BytesIO()
+    about = {"comment": b"c" * 70, "exif": b"Exif\0\0" + bytes(30), "icc_profile": bytes(70_000)} if more else {}
+    Image.new("RGB", (width, height)).save(file, "JPEG", progressive=progressive, **about)
+    data = numpy.frombuffer(file.getvalue(), numpy.uint8)
+    assert library.jpeg_size(data) == (height, width)
+    assert library.jpeg_size(data[:3]) == library.jpeg_size(data[100:]) == (-1, -1)
+
+
+@given(st.binary(max_size=60))
+def test_what_is_no_jpeg_has_no_size_that_could_be_asked_for(content: bytes):
+    data = numpy.frombuffer(b"\xff\xd8\xff" + content, numpy.uint8)
+    height, width = library.jpeg_size(data)
+    assert (height, width) == (-1, -1) or (0 <= height < 2**16 and 0 <= width < 2**16)
 
 
 def test_ffcv_is_not_imported_and_torch_keeps_its_threads():
