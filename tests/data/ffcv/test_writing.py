@@ -21,6 +21,7 @@ from fahooks.data import Files, Images
 from fahooks.data.decoding import CorruptFile
 from fahooks.data.ffcv import library, writing
 from fahooks.data.ffcv.beton import JPG, RAW, Beton, read
+from fahooks.data.ffcv.library import decode_jpeg
 from fahooks.data.ffcv.writing import Packing, sidecar, write
 from fahooks.plugins import Failed, InputError
 
@@ -63,6 +64,35 @@ def test_a_jpeg_file_is_taken_as_it_is_and_others_are_packed(tmp_path: Path, pho
     assert same == [path.endswith("jpg") for path in photographs.paths] and not all(same)
     assert (file.mode == JPG).all()
     assert [(file.height[n], file.width[n]) for n in range(12)] == [(60 - n, 40 + n) for n in range(12)]
+
+
+def test_a_jpeg_of_more_channels_than_are_wanted_is_packed_anew(tmp_path: Path, photographs: Files):
+    """FFCV's decoder gives three channels, of which a gray image is the first: red, where it was colours that were packed."""
+    gray = Files(photographs.paths, photographs.labels, side=32, channels=1)
+    file = written(tmp_path / "x", gray, Packing("jpg"))
+    for place in range(12):
+        expected = gray.read(place)[0].numpy().astype(int)
+        decoded = decode_jpeg(file.packed(place), *expected.shape)
+        assert decoded is not None
+        assert numpy.abs(decoded[:, :, 0] - expected).mean() < 3
+    red, gray_values = (photographs.read(0)[0].numpy().astype(int), gray.read(0)[0].numpy().astype(int))
+    assert numpy.abs(red - gray_values).mean() > 10, "control"
+    # One with as many is taken as it is.
+    assert file.packed(7).tobytes() == Path(photographs.paths[7]).read_bytes()
+
+
+def test_a_jpeg_that_ffcv_takes_for_damaged_is_packed_anew(tmp_path: Path, photographs: Files):
+    """Of bytes between its parts, which mean nothing, Pillow says nothing, and FFCV's decoder gives the image up."""
+    path, place = Path(photographs.paths[3]), 3
+    image = photographs.read(place)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2] + bytes(20) + whole[-2:])
+    assert torch.equal(photographs.read(place), image)
+    assert decode_jpeg(numpy.frombuffer(path.read_bytes(), numpy.uint8), *image.shape[1:]) is None, "control"
+    file = written(tmp_path / "x", photographs, Packing("jpg"))
+    decoded = decode_jpeg(file.packed(place), *image.shape[1:])
+    assert decoded is not None
+    assert numpy.abs(decoded.astype(int) - image.permute(1, 2, 0).numpy()).mean() < 3
 
 
 def test_raw_pixels_are_those_of_the_file(tmp_path: Path, photographs: Files):
@@ -117,10 +147,8 @@ class Raising(Images):
 
 def test_whatever_a_worker_raises_ends_it_and_leaves_nothing(tmp_path: Path, color: Images):
     threads = threading.active_count()
-    started = time.monotonic()
     with pytest.raises(RuntimeError, match="a dataset of somebody"):
         written(tmp_path / "x", Raising(color.pixels, color.labels), Packing())
-    assert time.monotonic() - started < 5
     assert threading.active_count() == threads
     assert list(tmp_path.iterdir()) == []
 
