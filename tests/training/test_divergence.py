@@ -148,7 +148,7 @@ def test_of_several_gradients_the_first_of_the_backward_pass_is_named(order: tup
                 setattr(self, name, Shift())
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.late(self.early(x).tanh())
+            return self.get_submodule("late")(self.get_submodule("early")(x).tanh())
 
     net = model(Two())
     if rule is not None:

@@ -36,7 +36,7 @@ def test_keys_that_recipes_did_not_have_yet_are_at_their_defaults():
 
 
 def leaves(kind: Any, at: tuple[str, ...] = ()) -> Iterator[str]:
-    """The dotted keys of a section of the schema, down to those that hold no section; those of a list's sections without numbers."""
+    """The dotted keys of the schema that hold no section; a list of sections has the keys of one."""
     sections = list(sections_in(kind))
     if not sections:
         yield ".".join(at)

@@ -72,7 +72,6 @@ def test_the_tables_are_those_of_ffcv():
     assert types.TYPE_ID_HANDLER[beton.CUSTOM] is None
 
 
-
 SIDE, COUNT = 8, 6
 
 
