@@ -11,6 +11,8 @@ import click
 
 from fahooks.plugins import Failed, InputError, near
 
+from .pipes import readers_may_leave
+
 # Name -> module and first line of the help, which `fahooks --help` prints without importing the command.
 COMMANDS = {
     "bench": ("fahooks.cli.bench", "Measure what a rule, or the training loop, costs."),
@@ -46,6 +48,11 @@ class Fault(click.ClickException):
 
 class LazyGroup(click.Group):
     """A group that imports the module of a command when the command is asked for."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run as a program, whatever becomes of those who read what it prints."""
+        with readers_may_leave():
+            return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All command names, sorted."""
