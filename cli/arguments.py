@@ -1,14 +1,17 @@
-"""What several commands take: RECIPE, --set, --json FILE, and lists of seeds."""
+"""What several commands take: RECIPE, --set, --json FILE, and lists of names and seeds."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 from fahooks.plugins import InputError
+
+Item = TypeVar("Item", str, int)
 
 
 class RecipeName(click.ParamType):
@@ -81,13 +84,34 @@ SETTINGS = click.option(
 )
 
 
-def numbers(text: str) -> list[int]:
-    """Seeds, each once.
+def names(option: str, text: str | None) -> list[str]:
+    """The names in `text`, which `option` was given; none where it was not.
 
     Raises:
-        InputError: `text` is no list of them.
+        InputError: one of them is empty, or given twice.
+    """
+    if text is None:
+        return []
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise InputError(f"{option} must be names with a comma between them (got {text!r})")
+    return _each_once(option, found)
+
+
+def numbers(text: str) -> list[int]:
+    """The seeds in `text`.
+
+    Raises:
+        InputError: `text` is no list of them, or has one twice.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) < 20 and int(part) < 2**63 for part in parts):
         raise InputError(f"--seeds must be whole numbers from 0 on, such as 0,1,2 (got {text!r})")
-    return list(dict.fromkeys(map(int, parts)))
+    return _each_once("--seeds", list(map(int, parts)))
+
+
+def _each_once(option: str, given: list[Item]) -> list[Item]:
+    for place, item in enumerate(given):
+        if item in given[:place]:
+            raise InputError(f"{option} has {item} twice: give it once")
+    return given

@@ -13,7 +13,7 @@ import click
 from fahooks import plugins
 from fahooks.plugins import InputError
 
-from .arguments import NUMBERS, RECIPE, SETTINGS
+from .arguments import NUMBERS, RECIPE, SETTINGS, names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,8 +67,8 @@ def step(
     from fahooks import benchmark
     from fahooks.training.device import tune_allocator
 
-    names = plugins.rules.names() if rules == "all" else [name.strip() for name in rules.split(",")]
-    for name in names:
+    chosen = plugins.rules.names() if rules == "all" else names("--rules", rules)
+    for name in chosen:
         plugins.rules.get(name).build()
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch finds no GPU here")
@@ -80,7 +80,9 @@ def step(
     images = torch.randn(batch, *shape, generator=generator).to(device)
     images = images.contiguous(memory_format=torch.channels_last) if channels_last else images
     labels = torch.randint(classes, (batch,), generator=generator).to(device)
-    timings = benchmark.compare(make, {name: name for name in names}, images, labels, rounds=rounds, compiled=compiled, bf16=bf16)
+    timings = benchmark.compare(
+        make, {name: name for name in chosen}, images, labels, rounds=rounds, compiled=compiled, bf16=bf16
+    )
     words = [model, f"{batch} images of {'x'.join(map(str, shape))}", f"{rounds} rounds", _where(device, threads)]
     words += [word for word, used in (("bf16", bf16), ("channels last", channels_last), ("compiled", compiled)) if used]
     about = ", ".join([*words, f"torch {torch.__version__}"])

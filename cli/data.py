@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .arguments import NUMBERS, RECIPE, SETTINGS
+from .arguments import NUMBERS, RECIPE, SETTINGS, names
 from .train import stoppable
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
 
 @data.command()
 @RECIPE
-@click.option("--loaders", "names", metavar="NAMES", help="Such as memory,ffcv.  [default: all that work here]")
+@click.option("--loaders", metavar="NAMES", help="Such as memory,ffcv.  [default: all that work here]")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Turns that each loader gets.")
 @click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0), help="How long a turn is at least.")
 @click.option("--threads", type=click.IntRange(1), help="Of torch.  [default: its own choice]")
@@ -48,7 +48,7 @@ def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
 @NUMBERS
 def bench(
     recipe: str,
-    names: str | None,
+    loaders: str | None,
     rounds: int,
     seconds: float,
     threads: int | None,
@@ -67,9 +67,7 @@ def bench(
     if threads:
         torch.set_num_threads(threads)
     with stoppable("stopped; nothing was measured"):
-        measured, left_out = compare_loaders(
-            recipe, overrides, only=names.split(",") if names else (), rounds=rounds, seconds=seconds
-        )
+        measured, left_out = compare_loaders(recipe, overrides, only=names("--loaders", loaders), rounds=rounds, seconds=seconds)
     for name, reason in left_out.items():
         click.echo(f"fahooks: {name} is left out: {reason}", err=True)
     click.echo(_table(measured))

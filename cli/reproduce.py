@@ -9,7 +9,7 @@ import click
 
 from fahooks.plugins import InputError, near
 
-from .arguments import SETTINGS, numbers
+from .arguments import SETTINGS, names, numbers
 from .tables import print_result
 from .train import importing, together
 
@@ -39,7 +39,7 @@ def reproduce(
         raise InputError(f"{table!r} can not be reproduced{near(table, TABLES)}; there is {', '.join(TABLES)}")
     out = out or reproduction.OUT
     with together():
-        diverged = reproduction.reproduce(_names(columns), _names(rows), numbers(seeds), overrides, out)
+        diverged = reproduction.reproduce(names("--columns", columns), names("--rows", rows), numbers(seeds), overrides, out)
         distributed.told(partial(_report, out))  # the others wait for it: torchrun ends all processes when the first one fails
         if diverged:
             raise InputError("\n".join(diverged))
@@ -59,7 +59,3 @@ def _report(out: Path) -> None:
     for path in table1.unfinished(out):
         click.echo(f"not in the table: {path}")
     click.echo(f"written: {out / 'table1.csv'}, {out / 'table1.md'}")
-
-
-def _names(text: str | None) -> list[str]:
-    return [] if text is None else [name.strip() for name in text.split(",")]

@@ -56,7 +56,12 @@ def train(
         from fahooks.training import commands, distributed
 
     auto = resume == Path("auto")
-    overrides = overrides if max_steps is None else (*overrides, f"train.max_steps={max_steps}")
+    if max_steps is not None:
+        for option, settings in (("--set", overrides), ("--sweep", sweeps)):
+            for setting in settings:
+                if setting.partition("=")[0].strip() == "train.max_steps":
+                    raise InputError(f"--max-steps {max_steps} and {option} {setting} say the same: leave one of them away")
+        overrides = (*overrides, f"train.max_steps={max_steps}")
     with together():
         if dry_run:
             if recipe is None or resume is not None or out is not None or seeds is not None or sweeps:

@@ -90,7 +90,7 @@ def carry_out(wanted: Sequence[Wanted], out: Path, advice: Callable[[Sequence[Wa
         _check_data(wanted, streams, advice)
         finished = told(lambda: [run.finished for run in wanted])
         missing = [run for run, done in zip(wanted, finished, strict=True) if not done]
-        _print(console, f"{out}: {len(wanted)} runs, {len(wanted) - len(missing)} of them finished, {len(missing)} to train")
+        _print(console, f"{out}: {_counted(wanted)}, {len(wanted) - len(missing)} of them finished, {len(missing)} to train")
         # Backwards, so that the images that are checked last are those that are trained on first.
         for cell in {run.path.parent: run for run in reversed(missing)}.values():
             recipe = cell.run.as_begun(cell.recipe)
@@ -193,6 +193,10 @@ def _taken(run: Wanted) -> Iterator[bool]:
 
 def _created(run: Wanted, setup: Setup) -> RunDirectory:
     return RunDirectory.create(setup.recipe, run.source, out=run.path, overrides=run.overrides, choices=setup.choices)
+
+
+def _counted(runs: Sequence[Wanted]) -> str:
+    return f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}"
 
 
 def _print(console: Console, line: str) -> None:

@@ -57,7 +57,7 @@ def plan(
         out: the folder for the run directories; by default runs/<recipe name>-sweep.
 
     Raises:
-        InputError: the recipe, with any of the settings, is not right.
+        InputError: the recipe, with any of the settings, is not right, or two settings make the same recipe of it.
     """
     source = find(name)
     if seeds is not None and any(override.partition("=")[0] == "seed" for override in overrides):
@@ -73,12 +73,13 @@ def plan(
     out = out or RUNS / f"{load(source, overrides).name}-sweep"
     if (out / "resolved.yaml").is_file():
         raise InputError(f"--out {str(out)!r} is the directory of one run: name another folder for a series")
-    runs = []
+    runs: list[Wanted] = []
     for seed in seeds:
         for setting in settings:
             recipe = load(source, (*overrides, f"seed={seed}"), setting)
             changed = (*overrides, *setting, f"seed={seed}")
             runs.append(Wanted(_folder(out, setting) / f"seed-{seed}", recipe, source, changed, ", ".join(setting)))
+    _check_different(runs[: len(settings)])
     return Sweep(out, settings, runs)
 
 
@@ -93,8 +94,18 @@ def train_missing(sweep: Sweep) -> list[str]:
         return carry_out(sweep.runs, sweep.out)
 
 
+def _check_different(runs: Sequence[Wanted]) -> None:
+    """Refuse to train one recipe twice, with one seed."""
+    made: dict[str, str] = {}
+    for run in runs:
+        recipe = run.recipe.as_yaml()
+        if recipe in made:
+            raise InputError(f"--sweep trains the same twice: {made[recipe]} and {run.setting} are one recipe")
+        made[recipe] = run.setting
+
+
 def _values(sweep: str) -> list[str]:
-    """The settings "key=value" that "key=value,value" stands for, each once, as they were written."""
+    """The settings "key=value" that "key=value,value" stands for, as they were written."""
     key, _, text = sweep.partition("=")
     if not all(key.split(".")) or not text.strip():
         raise InputError(f"--sweep must be dotted.key=value,value, such as optim.lr=1e-3,1e-4 (got {shown(sweep)})")
@@ -107,7 +118,7 @@ def _values(sweep: str) -> list[str]:
     texts = [part.strip() for part in text.split(",")]
     if len(texts) != len(values):  # commas within values
         texts = [yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip() for value in values]
-    return list(dict.fromkeys(f"{key}={text}" for text in texts))
+    return [f"{key}={text}" for text in texts]
 
 
 def _folder(out: Path, settings: tuple[str, ...]) -> Path:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fahooks.cli.arguments import FileToWrite
+from fahooks.cli.arguments import FileToWrite, names, numbers
+from fahooks.plugins import InputError
 
 # Runs the command and says which packages it imported.
 PROGRAM = """
@@ -103,6 +104,19 @@ def test_a_file_that_can_not_be_written_is_told_before_anything_is_measured(argu
         line, end, imported = done.stderr.splitlines()
         assert repr(path) in line and problem in line
         assert (end, imported) == ("exit 2", "imported")
+
+
+def test_a_list_has_each_name_once():
+    assert names("--rules", "fa, usf") == ["fa", "usf"] and names("--rules", None) == []
+    assert numbers("0, 2,1") == [0, 2, 1]
+    for text, problem in (
+        ("fa,usf,fa", "--rules has fa twice: give it once"),
+        ("fa,", "must be names with a comma between them"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            names("--rules", text)
+    with pytest.raises(InputError, match="--seeds has 1 twice"):
+        numbers("1,01")
 
 
 def test_a_file_to_write_is_left_alone_until_it_is_written(tmp_path: Path):

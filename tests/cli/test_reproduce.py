@@ -26,7 +26,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_table_is_printed_and_written_also_when_everything_was_there(run):
-    done = run(*TABLE, "--seeds", "0, 1,1", *TINY)
+    done = run(*TABLE, "--seeds", "0, 1", *TINY)
     assert (done.exit_code, done.stderr) == (0, "")
     (cell,) = table1.read(Path("runs/table1"))
     assert cell.seeds == (0, 1)
@@ -46,7 +46,7 @@ def test_the_table_is_printed_and_written_also_when_everything_was_there(run):
     Path("runs/table1/mnist/fa/seed-0").mkdir(parents=True)
     again = run(*TABLE, "--seeds", "0", *TINY)
     assert again.exit_code == 0
-    assert again.stdout.splitlines()[0] == "runs/table1: 1 runs, 1 of them finished, 0 to train"
+    assert again.stdout.splitlines()[0] == "runs/table1: 1 run, 1 of them finished, 0 to train"
     assert "not in the table: mnist/fa/seed-0 (begun)" in again.stdout
     assert [file.read_text() for file in files] == texts
 

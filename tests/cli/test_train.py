@@ -67,6 +67,15 @@ def test_a_wrong_recipe_prints_all_its_problems_and_exits_2(run):
             "fahooks: mnist is not at nowhere/MNIST/raw/",
         ),
         (["train", "mnist/fa", "--seeds", "0,x"], "fahooks: --seeds must be whole numbers from 0 on, such as 0,1,2 (got '0,x')"),
+        (["train", "mnist/fa", "--seeds", "0,1,00"], "fahooks: --seeds has 0 twice: give it once"),
+        (
+            ["train", "mnist/fa", "--max-steps", "3", "--set", "train.max_steps=4"],
+            "fahooks: --max-steps 3 and --set train.max_steps=4 say the same: leave one of them away",
+        ),
+        (
+            ["train", "mnist/fa", "--max-steps", "3", "--sweep", "train.max_steps=4,5"],
+            "fahooks: --max-steps 3 and --sweep train.max_steps=4,5 say the same: leave one of them away",
+        ),
         (["train", "mnist/fa", "--seeds", "0", "--resume", "auto"], "fahooks: --seeds and --sweep take a RECIPE and no --resume"),
         (["train", "mnist/fa", "--sweep", "seed=1"], "fahooks: --sweep can not change seed; --seeds does"),
         (["train", "--dry-run"], "fahooks: --dry-run takes a RECIPE, and neither --resume, --out"),

@@ -38,8 +38,8 @@ def test_the_runs_are_the_product_of_all_values_and_seeds():
     assert [run.recipe.seed for run in planned(RATES, more=("seed=7",)).runs] == [7, 7]
 
 
-def test_values_are_told_apart_by_commas_outside_of_brackets_and_each_is_taken_once():
-    assert planned("optim.lr=1e-3, 1e-4,1e-3").settings == [("optim.lr=1e-3",), ("optim.lr=1e-4",)]
+def test_values_are_told_apart_by_commas_outside_of_brackets():
+    assert planned("optim.lr=1e-3, 1e-4").settings == [("optim.lr=1e-3",), ("optim.lr=1e-4",)]
     assert planned("feedback=[{rule: fa}],[{rule: usf, scale: 0.5}]").settings == [
         ("feedback=[{rule: fa}]",),
         ("feedback=[{rule: usf, scale: 0.5}]",),
@@ -63,6 +63,14 @@ def test_values_are_told_apart_by_commas_outside_of_brackets_and_each_is_taken_o
         (["optim.lr=!!python/name:os.system ''"], None, (), "has no values with the tag"),
         (["optim.lr=" + ",".join(map(str, range(1, 1200)))], None, (), "more than 1,000 runs"),
         ([f"a.b{n}={','.join('abcdefghij')}" for n in range(12)], None, (), "more than 1,000 runs"),
+        (["optim.lr=1e-3,1e-4,0.001"], None, (), "trains the same twice: optim.lr=1e-3 and optim.lr=0.001 are one recipe"),
+        (["optim.lr=1e-3,1e-3"], (0, 1), (), "trains the same twice: optim.lr=1e-3 and optim.lr=1e-3 are one recipe"),
+        (
+            [RATES, RATES],
+            None,
+            (),
+            "trains the same twice: optim.lr=1e-3, optim.lr=1e-3 and optim.lr=1e-4, optim.lr=1e-3 are one",
+        ),
         ([RATES], (0, 1), ("seed=4",), "--seeds says which seeds there are"),
         ([RATES], None, (f"{RATES.partition('=')[0]}=5",), "--sweep says which values optim.lr takes: leave --set optim.lr away"),
     ],
