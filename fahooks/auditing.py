@@ -147,7 +147,7 @@ def audit(model: nn.Module, *example_inputs: Any, ignore: str | Iterable[str] = 
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         args, options = pytree.tree_map(with_gradient, (example_inputs, example_options))
-        outputs = [tensor.grad_fn for tensor in tensors(model(*args, **options)) if tensor.grad_fn is not None]
+        outputs = [tensor for tensor in tensors(model(*args, **options)) if tensor.grad_fn is not None]
     if not outputs:
         raise InputError(
             "nothing to audit: no output of the model carries a gradient; its forward pass must not run under torch.no_grad "
@@ -247,14 +247,15 @@ def _findings(graph: _Graph, model: nn.Module, ignored: Sequence[str], mixed: tu
 
 
 class _Graph:
-    """The autograd graph of one forward pass, read from its outputs.
+    """The autograd graph of one forward pass, read from its outputs, which keep it: a node of a Python function does not.
 
     Attributes:
         made_of: for every node, the names of the parameters that its tensor is made of alone; None if it is a signal.
     """
 
-    def __init__(self, outputs: Sequence[Node], model: nn.Module) -> None:
+    def __init__(self, outputs: Sequence[Tensor], model: nn.Module) -> None:
         self.outputs = outputs
+        self.ends = [output.grad_fn for output in outputs if output.grad_fn is not None]
         self.names: dict[int, frozenset[str]] = {}
         self.matrices: set[str] = set()
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -262,7 +263,7 @@ class _Graph:
             if parameter.dim() > 1:
                 self.matrices.add(name)
         self.made_of: dict[Node, frozenset[str] | None] = {}
-        for node in inputs_first(outputs, edges):
+        for node in inputs_first(self.ends, edges):
             self.made_of[node] = self._made_of(node)
 
     def _made_of(self, node: Node) -> frozenset[str] | None:
@@ -276,7 +277,7 @@ class _Graph:
 
     def error_path(self) -> Iterator[Node]:
         """The nodes that the error passes, inputs first; those that only make a weight are not among them."""
-        return inputs_first(self.outputs, self._error_edges)
+        return inputs_first(self.ends, self._error_edges)
 
     def _error_edges(self, node: Node) -> list[Node]:
         if _is_core(node):

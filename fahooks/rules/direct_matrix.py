@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fahooks.plugins import InputError
@@ -74,12 +75,12 @@ class DirectMatrix(nn.Module):
             return summed.unsqueeze(2).expand(shape)
         flat = error.reshape(samples, -1)
         if self.feedback == "dense":
-            signal = flat @ self._kept(error, shape).t()
+            signal = _product(flat, self._kept(error, shape))
         else:
             self._check_sizes(error, shape)
             signal = flat.new_empty(samples, channels * positions)
             for start, stop, rows in self._slices(error, shape, error.device):
-                torch.matmul(flat, rows.to(flat.dtype).t(), out=signal[:, start:stop])
+                _product(flat, rows.to(flat.dtype), out=signal[:, start:stop])
         return signal.view(samples, positions, channels).transpose(1, 2) if channels_last else signal.view(shape)
 
     def prepare(self, error: Tensor, shape: torch.Size) -> None:
@@ -209,3 +210,10 @@ class Units:
         if self.layout == "sequence first":
             return signal.permute(2, 0, 1).reshape(self.shape)
         return signal.transpose(1, 2).reshape(self.shape)
+
+
+def _product(error: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """B e. A GPU has matrix units for numbers of 16 bits where rows are whole 16 bytes: zeros fill them up."""
+    if error.is_cuda and error.element_size() == 2 and (missing := -error.shape[1] % 8):
+        error, matrix = F.pad(error, (0, missing)), F.pad(matrix, (0, missing))
+    return torch.matmul(error, matrix.t(), out=out)

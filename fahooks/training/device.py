@@ -16,7 +16,7 @@ REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that train.device names; "auto" is a GPU where there is one.
+    """The device that train.device names; "auto" is a GPU where there is one, for each of the processes that torchrun started.
 
     Raises:
         InputError: it is not there.
@@ -25,6 +25,10 @@ def choose_device(name: str) -> torch.device:
         raise InputError("train.device=cuda, but torch finds no GPU here: use train.device=cpu, or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus:  # NCCL has one process a GPU
+        what = f"torchrun started {processes} processes here, and there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'}"
+        raise InputError(f"{what}: start one for each (--nproc-per-node {gpus}), or use train.device=cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 

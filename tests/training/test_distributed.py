@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -346,12 +347,50 @@ def test_a_killed_worker_is_started_again_and_the_run_goes_on(tmp_path: Path, wa
             assert agent.wait(timeout=200) == 0, (tmp_path / "log").read_text()
         finally:
             agent.terminate()
-    text = (tmp_path / "log").read_text()
-    assert "another process of this run is gone, maybe killed" in text
-    assert "goes on after step" in text
+    assert "goes on after step" in (tmp_path / "log").read_text()
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     epochs = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"epoch"' in line[:20]]
     assert epochs == list(range(1, 41))
+
+
+def test_a_process_whose_other_is_killed_says_so(tmp_path: Path) -> None:
+    """Without torchrun's agent, which ends those that are left, and may do so before they notice."""
+    (tmp_path / "r.yaml").write_text(RUN)
+    (tmp_path / "killed.py").write_text(
+        "import os, signal\n"
+        "from fahooks.cli import main\n"
+        "from fahooks.training import loop\n"
+        "def dies(*arguments):\n"
+        "    global steps\n"
+        "    steps += 1\n"
+        "    if steps == 4 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return take_step(*arguments)\n"
+        "steps, take_step, loop.take_step = 0, loop.take_step, dies\n"
+        "main()\n"
+    )
+    command = [sys.executable, tmp_path / "killed.py", "train", tmp_path / "r.yaml", "--out", tmp_path / "run"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        shared = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "OMP_NUM_THREADS": "1",
+        }
+    ranks = [
+        subprocess.Popen(
+            [*command, "--set", "checkpoint.every=3"],
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said, _ = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, -signal.SIGKILL]
+    assert "fahooks: another process of this run is gone, maybe killed" in said
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert (tmp_path / "run" / "checkpoints" / "step-000000003.pt").exists()
 
 
 SERIES = """

@@ -92,7 +92,8 @@ def learn(model: nn.Module, inputs: Sequence[Any]) -> tuple[list[Tensor], Gradie
     model.train()
     found = [leaf for leaf in pytree.tree_leaves(model(*given)) if isinstance(leaf, Tensor)]
     carrying = [output for output in found if output.requires_grad]
-    torch.stack([(o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in carrying]).sum().backward()
+    weights = (torch.linspace(-1, 1, o.numel(), dtype=o.dtype, device=o.device).view_as(o) for o in carrying)
+    torch.stack([(output * weight).sum() for output, weight in zip(carrying, weights, strict=True)]).sum().backward()
     leaves = {f"input {index}": x for index, x in enumerate(pytree.tree_leaves(given)) if isinstance(x, Tensor)}
     leaves |= dict(model.named_parameters())
     return found, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
