@@ -110,7 +110,7 @@ class FromOutput(RandomDirectRule):
         signal = self.signal(error.reshape(units.samples, -1), targets)
         # A signal that had to be turned round would take longer than the product that makes it.
         last = units.layout != "channels first"
-        return units.unfold(self.matrix(signal.unsqueeze(2), units.folded, channels_last=last))
+        return units.unfold(self.matrix(signal.unsqueeze(2), units.folded, channels_last=last, turned=units.turned))
 
     def signal(self, error: Tensor, targets: Targets | None) -> Tensor:
         """What is multiplied by B: [N, outputs], of the error e of that shape."""
@@ -274,7 +274,7 @@ class DenseFeedbackAlignment(RandomDirectRule):
     def send(self, later: str, source: Units, target: Units, error: Tensor) -> Tensor:
         """R_k delta_k for x, of the error delta_k at the output of layer `later`."""
         matrix = self.residual_from(later)
-        return target.unfold(matrix(source.fold(error), target.folded))
+        return target.unfold(matrix(source.fold(error), target.folded, turned=target.turned))
 
     def residual_from(self, later: str) -> DirectMatrix:
         """The matrix R_k from the layer called `later`."""

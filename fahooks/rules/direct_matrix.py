@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fahooks.plugins import InputError
@@ -54,7 +53,7 @@ class DirectMatrix(nn.Module):
         self.gain = gain
         self.sizes: tuple[int, int] | None = None
 
-    def forward(self, error: Tensor, shape: torch.Size, *, channels_last: bool = False) -> Tensor:
+    def forward(self, error: Tensor, shape: torch.Size, *, channels_last: bool = False, turned: bool = False) -> Tensor:
         """B e for a batch, cast to the dtype of e.
 
         Arguments:
@@ -62,6 +61,8 @@ class DirectMatrix(nn.Module):
             shape: [N, C, P] of the layer's input.
             channels_last: whether the units, of which each has a row of the dense B, are numbered position by position, as they
                 then lie in memory, and not channel by channel.
+            turned: whether they lie position by position though they are numbered channel by channel, as in
+                `torch.channels_last`. It is B that is turned, which is smaller than the signals of a batch.
 
         Returns:
             The signal for the layer's input, of that shape.
@@ -75,13 +76,19 @@ class DirectMatrix(nn.Module):
             return summed.unsqueeze(2).expand(shape)
         flat = error.reshape(samples, -1)
         if self.feedback == "dense":
-            signal = _product(flat, self._kept(error, shape))
+            matrix = self._kept(error, shape)
+            if turned:
+                matrix = matrix.view(channels, positions, -1).transpose(0, 1).reshape(matrix.shape)
+            signal = flat @ matrix.t()
         else:
             self._check_sizes(error, shape)
             signal = flat.new_empty(samples, channels * positions)
             for start, stop, rows in self._slices(error, shape, error.device):
-                _product(flat, rows.to(flat.dtype), out=signal[:, start:stop])
-        return signal.view(samples, positions, channels).transpose(1, 2) if channels_last else signal.view(shape)
+                torch.matmul(flat, rows.to(flat.dtype).t(), out=signal[:, start:stop])
+            if turned:
+                signal = signal.view(shape).transpose(1, 2).contiguous()
+        by_position = channels_last or turned
+        return signal.view(samples, positions, channels).transpose(1, 2) if by_position else signal.view(shape)
 
     def prepare(self, error: Tensor, shape: torch.Size) -> None:
         """Draw the matrix if it is to be kept and was not drawn yet; of an error only its sizes, dtype and device are read."""
@@ -171,6 +178,7 @@ class Units:
         shape: the tensor's; an unbatched one has a leading 1.
         layout: where its channels are.
         samples: N.
+        turned: whether positions lie outside of channels in memory, inside of them in the shape, as in `torch.channels_last`.
 
     Raises:
         InputError: the tensor's values can not be divided among the samples.
@@ -179,6 +187,7 @@ class Units:
     shape: torch.Size
     layout: Layout
     samples: int
+    turned: bool = False
 
     def __post_init__(self) -> None:
         first = self.shape.numel() if self.layout == "sequence first" else self.shape[0]
@@ -210,10 +219,3 @@ class Units:
         if self.layout == "sequence first":
             return signal.permute(2, 0, 1).reshape(self.shape)
         return signal.transpose(1, 2).reshape(self.shape)
-
-
-def _product(error: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
-    """B e. A GPU has matrix units for numbers of 16 bits where rows are whole 16 bytes: zeros fill them up."""
-    if error.is_cuda and error.element_size() == 2 and (missing := -error.shape[1] % 8):
-        error, matrix = F.pad(error, (0, missing)), F.pad(matrix, (0, missing))
-    return torch.matmul(error, matrix.t(), out=out)

@@ -136,7 +136,14 @@ class WholeModelRule(DirectRule):
 def units(tensor: Tensor, layout: Layout, samples: int, *, unbatched: bool = False) -> Units:
     """How the units of a tensor lie."""
     shape = torch.Size((1, *tensor.shape)) if unbatched or tensor.dim() == 1 else tensor.shape
-    return Units(shape, layout, samples)
+    return Units(shape, layout, samples, turned=layout == "channels first" and _is_channels_last(tensor))
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor's channels, its second dimension, lie next to each other in memory."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    dimensions = tensor.dim()
+    return dimensions in formats and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=formats[dimensions])
 
 
 class Passes:

@@ -186,6 +186,23 @@ def test_what_reaches_the_input_of_every_layer_is_b_e() -> None:
         torch.testing.assert_close(signal.flatten(1), e @ matrix(net, name).t())
 
 
+@pytest.mark.parametrize("feedback", ["dense", "seeded"])
+def test_a_signal_lies_in_memory_as_what_it_is_sent_to(feedback: str) -> None:
+    found: list[Gradients] = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        net = converted(feedback=feedback).to(memory_format=layout)
+        received: list[Tensor] = []
+
+        def listen(module: nn.Module, inputs: tuple[Tensor, ...], received: list[Tensor] = received) -> None:
+            inputs[0].register_hook(received.append)
+
+        net.conv2.register_forward_pre_hook(listen)
+        found.append(gradients(net, images().contiguous(memory_format=layout)))
+        (signal,) = received
+        assert signal.is_contiguous(memory_format=layout)
+    assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("rule", ["dfa", "dense_fa", "drtp"])
 @pytest.mark.parametrize("training", [True, False])
 def test_outputs_keep_their_bits(rule: str, training: bool) -> None:

@@ -50,6 +50,16 @@ def test_dense_sends_every_value_of_the_source_to_every_unit() -> None:
     assert not torch.allclose(signal, matrix(seed=1)(error, SHAPE)), "control: every seed draws the same"
 
 
+@pytest.mark.parametrize("feedback", ["dense", "seeded", "channel"])
+def test_a_signal_that_lies_otherwise_in_memory_is_the_same(feedback: str) -> None:
+    error = torch.randn(SOURCE).double()
+    signal, turned = (matrix(feedback)(error, SHAPE, turned=turned) for turned in (False, True))
+    torch.testing.assert_close(turned, signal)
+    assert signal.std() > 0.1
+    if feedback != "channel":  # whose positions share one number
+        assert signal.is_contiguous() and turned.transpose(1, 2).is_contiguous()
+
+
 def test_channel_is_the_dense_matrix_with_entries_tied_over_positions() -> None:
     channel, error = matrix("channel"), torch.randn(SOURCE).double()
     signal = channel(error, SHAPE)
