@@ -306,6 +306,11 @@ def worded(detail: ErrorDetails) -> str:
         return f"must be {context['expected']}" + near(str(detail["input"]), choices)
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return "must be a mapping of keys to values"
+    if kind in ("too_short", "too_long"):
+        what, count = ("at least", context["min_length"]) if kind == "too_short" else ("at most", context["max_length"])
+        return f"must have {what} {count} {'entry' if count == 1 else 'entries'}"
+    if kind == "tuple_type":
+        return "must be a list"
     if kind == "string_pattern_mismatch":
         return "must be words of letters, digits, '.', '_' and '-', joined by '/'"
     words = detail["msg"].replace("Input should be", "must be").replace("Input should", "must")

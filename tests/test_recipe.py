@@ -218,7 +218,7 @@ def test_a_pattern_that_can_never_match_is_refused():
     (problem,) = problems(source(GOOD.replace('"output"', '"*"')))
     assert problem == "5: feedback.1.match: feedback.0 has this pattern already, and the first match wins (got '*')"
     (empty,) = problems(source(GOOD[: GOOD.index("feedback")] + "feedback: []\n" + GOOD[GOOD.index("data:") :]))
-    assert empty.startswith("3: feedback: List")
+    assert empty == "3: feedback: must have at least 1 entry (got [])"
 
 
 def test_hooks_and_their_options_are_checked():
@@ -418,6 +418,57 @@ def test_naming_another_thing_by_set_keeps_what_was_set():
     assert problems(source(), "optim.name=sgd") == ["--set: optim.lr: is missing: that of 'adam' is not taken over"]
     with pytest.raises(RecipeError, match="^--sweep: model.name: timm has no model named 'nothing'"):
         load(source(), swept=["model.name=timm/nothing"])
+
+
+def test_what_names_another_rule_hook_dataset_or_loader_takes_no_options_over(tmp_path: Path):
+    parent = """\
+base: mnist/fa
+feedback: [{match: conv1, rule: fa, gain: 2.0}, {rule: usf, scale: 0.5}]
+hooks: [{name: freeze_signs, match: "conv*", after: 3}]
+data: {dataset: imagefolder, dataset_options: {path: x}, loader: ffcv, loader_options: {mode: raw}}
+"""
+    write(tmp_path, parent=parent, child="base: parent.yaml\ndata: {dataset: digits, loader: memory}\n")
+    read = load(find(str(tmp_path / "child.yaml")))
+    assert (read.data.dataset_options, read.data.loader_options) == ({}, {})
+    base = find(str(tmp_path / "parent.yaml"))
+    changes = ("feedback.0.rule=usf", "hooks.0.name=dale", "data.dataset=digits", "data.loader=auto")
+    read = load(base, changes)
+    assert [(f.match, f.rule, f.options) for f in read.feedback] == [("conv1", "usf", {}), ("*", "usf", {"scale": 0.5})]
+    assert [(h.name, h.match, h.options) for h in read.hooks] == [("dale", "conv*", {})]
+    assert (read.data.dataset_options, read.data.loader_options) == ({}, {})
+    same = load(base, ("feedback.0.rule=fa", "hooks.0.name=freeze_signs", "data.dataset=imagefolder", "data.loader=ffcv"))
+    assert (same.feedback[0].options, same.hooks[0].options) == ({"gain": 2.0}, {"after": 3}), "control: they name the same"
+    assert (same.data.dataset_options, same.data.loader_options) == ({"path": "x"}, {"mode": "raw"})
+    kept = load(base, ("feedback.0.scale=0.25", "feedback.0.rule=usf", "hooks.0.name=freeze_signs", "hooks.0.after=7"))
+    assert (kept.feedback[0].options, kept.hooks[0].options) == ({"scale": 0.25}, {"after": 7})
+    assert problems(base, "data.dataset=imagefolder", "data.dataset_options={}") == [
+        "--set: data.dataset_options.path: is missing"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("hooks.0.name=dale", "hooks.0.name: there is no such key, since hooks is empty"),
+        ("data.augment.0=flip", "data.augment.0: there is no such key, since data.augment is empty"),
+        ("feedback.rule=bp", "feedback.rule: there is no such key, since feedback has the entries 0 to 1, as in feedback.0.rule"),
+        (
+            "feedback.2.rule=bp",
+            "feedback.2.rule: there is no such key, since feedback has the entries 0 to 1, as in feedback.0.rule",
+        ),
+        ("feedback=[]", "feedback: must have at least 1 entry (got [])"),
+        ("optim.betas=0.9", "optim.betas: must be a list of two numbers, such as [0.9, 0.999] (got 0.9)"),
+        ("optim.betas=[0.9]", "optim.betas: must be a list of two numbers, such as [0.9, 0.999] (got [0.9])"),
+        ("seed=!!float x", "seed: can not be read: 'x' is no float"),
+        (
+            "data.augment=[{crop: {size:24}}]",
+            "data.augment.0.crop.size:24: augmentation 'crop' has no such option (got null) - "
+            "did you mean 'size: 24', with a space?",
+        ),
+    ],
+)
+def test_a_slip_in_set_is_one_line_that_says_what_to_write(change: str, problem: str):
+    assert problems(source(), change) == [f"--set: {problem}"]
 
 
 def test_a_shipped_recipe_can_be_the_base(tmp_path: Path):

@@ -125,15 +125,23 @@ def image_files(name: str, folder: Path, *, side: int, channels: Literal[1, 3] =
     Raises:
         InputError: the folder is not there, or a class has no image.
     """
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
     try:
-        found = ImageFolder(str(folder))
+        found = ImageFolder(str(folder), allow_empty=True)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{name} is not at {folder} ({reason}): put images there, in a folder for each class, or set data.root"
         ) from error
+    filled = set(found.targets)
+    empty = [str(folder / label) for place, label in enumerate(found.classes) if place not in filled]
+    if empty:
+        more = f" and {len(empty) - 3:,} more" if len(empty) > 3 else ""
+        kinds = ", ".join(extension.removeprefix(".") for extension in IMG_EXTENSIONS)
+        raise InputError(
+            f"{name}: there is no image ({kinds}) in {', '.join(empty[:3])}{more}: put some there, or remove the folder"
+        )
     return Files([path for path, _ in found.samples], torch.tensor(found.targets), side, channels), found.classes
 
 

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any, cast
 from torch import nn
 
 from fahooks.plugins import InputError, UnknownName, models, near
+
+UNKNOWN_OPTION = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def build(spec: str, /, **options: Any) -> nn.Module:
@@ -37,7 +40,9 @@ def build(spec: str, /, **options: Any) -> nn.Module:
         raise
     except (Exception, SystemExit) as error:  # a factory is code of others: it may raise anything, or call sys.exit
         given = ", ".join(f"{k}={v!r}" for k, v in options.items()) or "no options"
-        raise InputError(f"model {spec!r} could not be built with {given}: {type(error).__name__}: {_one_line(error)}") from error
+        meant = near(unknown[1], options_for_images(spec, (0, 0, 0), 0)) if (unknown := UNKNOWN_OPTION.search(str(error))) else ""
+        reason = f"{type(error).__name__}: {_one_line(error)}{meant}"
+        raise InputError(f"model {spec!r} could not be built with {given}: {reason}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec!r} did not return a torch.nn.Module, but an object of type {type(model).__name__}")
     return model

@@ -55,10 +55,12 @@ WEIGHTS_FROM_ELSEWHERE = {
 def add_schema_problems(
     tree: Tree, error: ValidationError, schema: type[BaseModel], at: Key, unknown: str = "unknown key"
 ) -> None:
-    """Put what pydantic found into words, one problem a key."""
+    """Put what pydantic found into words, one problem a key: what could not be read has one already."""
     found: dict[Key, list[str]] = {}
     for detail in error.errors():
         key = _locate(tree, detail, at)
+        if key in tree.faulty:
+            continue
         if detail["type"] == "extra_forbidden":
             words = unknown + _meant(key, _fields(tree, schema, key[:-1], at), schema)
         else:
@@ -104,6 +106,8 @@ def _fields(tree: Tree, schema: type[BaseModel], section: Key, at: Key) -> list[
 def _meant(key: Key, fields: Sequence[str], schema: type[BaseModel]) -> str:
     """A clause with the keys that who wrote the unknown `key` may have had in mind, empty where none is close."""
     *section, name = map(str, key)
+    if ":" in name:
+        return f" - did you mean {name.replace(':', ': ')!r}, with a space?"
     known = SYNONYMS.get(name.lower(), name)
     if known in fields:
         return f" - did you mean {known!r}?"

@@ -24,6 +24,8 @@ MAX_DEPTH = 20
 MAX_DIGITS = 100
 MAX_BASES = 10
 
+LISTS = (("feedback",), ("hooks",), ("data", "augment"))
+
 # How messages name the files of the package, wherever it is installed.
 SHIPPED = "fahooks/recipes"
 
@@ -241,7 +243,7 @@ def add_file(tree: Tree, source: Source, above: tuple[str, ...]) -> None:
             tree.whole = False
         _merge(tree, data, own.marks)
     tree.marks[()] = own.marks[()]
-    tree.problems += own.problems
+    tree.add_problems(own)
 
 
 def _add_base(tree: Tree, own: Tree, base: Any, source: Source, above: tuple[str, ...]) -> None:
@@ -274,6 +276,10 @@ def _merge(tree: Tree, data: dict[str, Any], marks: Mapping[Key, str]) -> None:
 
 
 def _overlay(tree: Tree, target: dict[str, Any], data: dict[str, Any], at: Key, replaced: set[Key]) -> None:
+    for name in ("dataset", "loader") if at == ("data",) else ():
+        if _names_another(data, target, name) and target.pop(f"{name}_options", None):
+            tree.renamed[*at, f"{name}_options"] = target[name]
+            replaced.add((*at, f"{name}_options"))
     for name, value in data.items():
         below = target.get(name)
         if isinstance(value, dict) and isinstance(below, dict) and not _names_another(value, below):
@@ -285,9 +291,21 @@ def _overlay(tree: Tree, target: dict[str, Any], data: dict[str, Any], at: Key, 
             replaced.add((*at, name))
 
 
-def _names_another(section: Mapping[Any, Any], below: Mapping[Any, Any]) -> bool:
+def _names_another(section: Mapping[Any, Any], below: Mapping[Any, Any], by: str = "name") -> bool:
     """Whether a section, such as model or optim, names another thing than the one `below`, whose options are not its own."""
-    return "name" in section and "name" in below and section["name"] != below["name"]
+    return by in section and by in below and section[by] != below[by]
+
+
+def _options_of(key: Key) -> tuple[Key, set[str]] | None:
+    """The section with the options of what `key` names, and the keys there that are no options; None where it names nothing."""
+    match key:
+        case (str(), "name"):
+            return key[:1], {"name"}
+        case ("hooks", int(), "name") | ("feedback", int(), "rule"):
+            return key[:2], {"match", str(key[2])}
+        case ("data", "dataset" | "loader"):
+            return ("data", f"{key[1]}_options"), set()
+    return None
 
 
 def add_override(tree: Tree, override: str, option: str = "--set") -> None:
@@ -302,7 +320,7 @@ def add_override(tree: Tree, override: str, option: str = "--set") -> None:
         return
     own = Tree()
     value = Reader(own, None, option).read(text, key)
-    tree.problems += own.problems
+    tree.add_problems(own)
     if value is ABSENT:
         return
     if key[0] == "base":
@@ -324,19 +342,24 @@ def _set(tree: Tree, key: Key, value: Any, marks: Mapping[Key, str], option: str
     target = tree.data
     for depth, part in enumerate(key):
         if isinstance(target, list) and child_of(target, part) is ABSENT:
-            has = f"{dotted(key[:depth])} has the entries 0 to {len(target) - 1}" if target else f"{dotted(key[:depth])} is empty"
-            tree.problem(key, f"there is no such key, since {has}", where=option)
+            example = dotted((*key[:depth], 0, *key[depth + isinstance(part, int) :]))
+            has = f"has the entries 0 to {len(target) - 1}, as in {example}" if target else "is empty"
+            tree.problem(key, f"there is no such key, since {dotted(key[:depth])} {has}", where=option)
             return
         if depth == len(key) - 1:
             break
         if isinstance(target, dict) and target.get(part) is None:
+            if key[: depth + 1] in LISTS and str(key[depth + 1]).isdecimal():
+                tree.problem(key, f"there is no such key, since {dotted(key[: depth + 1])} is empty", where=option)
+                return
             tree.marks[key[: depth + 1]] = option
             target[part] = {}
         target = child_of(target, part)
     last = key[-1]
     if isinstance(target, dict | list):
-        if len(key) == 2 and isinstance(target, dict) and _names_another({last: value}, target):
-            _drop_options(tree, key[:1], target, option)
+        options = _options_of(key)
+        if options is not None and isinstance(target, dict) and _names_another({last: value}, target, str(last)):
+            _drop_options(tree, *options, named=target[str(last)], where=option)
         for old in [k for k in tree.marks if k[: len(key)] == key]:
             del tree.marks[old]
         tree.marks |= marks
@@ -346,11 +369,14 @@ def _set(tree: Tree, key: Key, value: Any, marks: Mapping[Key, str], option: str
         tree.problem(key, f"there is no such key, since {dotted(key[:-1])} is {shown(tree.get(key[:-1]))}", where=option)
 
 
-def _drop_options(tree: Tree, section: Key, options: dict[str, Any], where: str) -> None:
-    """Take the options of what a section named out of it, save those that the command line has set."""
-    tree.renamed[section] = options["name"]
-    for name in [name for name in options if name != "name" and not tree.mark((*section, name)).startswith("--")]:
+def _drop_options(tree: Tree, section: Key, others: set[str], *, named: Any, where: str) -> None:
+    """Take the options of what a section `named` out of it, save those that the command line has set, and what is no option."""
+    options = tree.get(section)
+    if not isinstance(options, dict):
+        return
+    tree.renamed[section] = named
+    for name in [name for name in options if name not in others and not tree.mark((*section, name)).startswith("--")]:
         del options[name]
-        for old in [key for key in tree.marks if key[:2] == (*section, name)]:
+        for old in [key for key in tree.marks if key[: len(section) + 1] == (*section, name)]:
             del tree.marks[old]
     tree.marks[section] = where

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -34,7 +34,16 @@ Positive = Annotated[float, Field(gt=0)]
 
 NonNegative = Annotated[float, Field(ge=0)]
 
-Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _two(betas: Any) -> Any:
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise PydanticCustomError("two", "must be a list of two numbers, such as [0.9, 0.999]")
+    return betas
+
+
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False), BeforeValidator(_two)]
 
 
 class Model(OpenSection):

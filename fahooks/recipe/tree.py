@@ -21,6 +21,7 @@ class Tree:
         data: mappings, lists and scalars.
         marks: file:line of a key, or the option of the command line that set it.
         problems: a line each.
+        faulty: the keys that they are about.
         whole: False once a file could not be read: what is missing then may be in it.
         renamed: what a section named before another name, whose options these are not, took its place.
     """
@@ -28,6 +29,7 @@ class Tree:
     data: Any = field(default_factory=dict)
     marks: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    faulty: set[Key] = field(default_factory=set)
     whole: bool = True
     renamed: dict[Key, Any] = field(default_factory=dict)
 
@@ -44,8 +46,14 @@ class Tree:
             value = child_of(value, part)
         return None if value is ABSENT else value
 
+    def add_problems(self, other: Tree) -> None:
+        """Note those of `other` here too."""
+        self.problems += other.problems
+        self.faulty |= other.faulty
+
     def problem(self, key: Key, what: str, where: str | None = None) -> None:
         """Note that `what` is wrong at `key`, in one line of characters that can be printed."""
+        self.faulty.add(key)
         named = f"{dotted(key)}: " if key else ""
         self.problems.append(printable(f"{where or self.mark(key)}: {named}{what}"))
 

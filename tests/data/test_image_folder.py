@@ -129,9 +129,14 @@ def test_a_missing_folder_is_one_line_that_names_it(name: str, folder: str, tmp_
 
 
 def test_a_class_without_images_is_named(jpegs: Path):
-    (jpegs / "cifar10-jpeg" / "train" / "empty").mkdir()
-    with pytest.raises(InputError, match="cifar10_jpeg is not at .*empty"):
-        datasets.load("cifar10_jpeg", root=jpegs, download=False)
+    train = jpegs / "cifar10-jpeg" / "train"
+    for number in range(5):
+        (train / f"empty{number}").mkdir()
+        (train / f"empty{number}" / "notes.txt").touch()
+        said = ", ".join(str(train / f"empty{n}") for n in range(min(3, number + 1))) + (f" and {number - 2} more" * (number > 2))
+        with pytest.raises(InputError) as caught:
+            datasets.load("cifar10_jpeg", root=jpegs, download=False)
+        assert str(caught.value).startswith("cifar10_jpeg: there is no image (jpg, ") and f") in {said}: put" in str(caught.value)
 
 
 def test_folders_of_different_classes_are_refused(jpegs: Path):

@@ -55,6 +55,21 @@ def test_unknown_names_are_one_line_with_near_misses(spec: str, near: str):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("spec", "option", "meant"),
+    [
+        ("timm/resnet18", "classes", " - did you mean 'num_classes'?"),
+        ("timm/resnet18", "in_channels", " - did you mean 'in_chans'?"),
+        ("torchvision/resnet18", "classes", " - did you mean 'num_classes'?"),
+        ("torchvision/resnet18", "depth", ""),
+    ],
+)
+def test_an_option_by_the_name_that_another_library_gives_it_is_told_its_own(spec: str, option: str, meant: str):
+    with pytest.raises(InputError) as caught:
+        models.build(spec, **{option: 3})
+    assert str(caught.value).endswith(f"unexpected keyword argument {option!r}{meant}")
+
+
 @pytest.mark.parametrize("spec", ["paper/mnist", "timm/resnet50", "timm/resnet50.a1_in1k", "torchvision/resnet50"])
 def test_known_names_pass_the_check(spec: str):
     models.check(spec)
