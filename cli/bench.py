@@ -33,7 +33,7 @@ def bench() -> None:
 @click.option("--image", "side", type=click.IntRange(1), help="Height and width of an image.  [default: the model's own]")
 @click.option("--classes", default=10, show_default=True, type=click.IntRange(2))
 @click.option("--rounds", default=20, show_default=True, type=click.IntRange(1), help="Steps of each that are timed.")
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Of torch, on a CPU.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 1024), help="Of torch, on a CPU.")
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--bf16", is_flag=True, help="Run the forward pass in bfloat16, by autocast.")
 @click.option("--channels-last", is_flag=True, help="Keep model and images in that memory format.")
@@ -65,14 +65,14 @@ def step(
     import torch
 
     from fahooks import benchmark
-    from fahooks.training.device import tune_allocator
+    from fahooks.training.device import set_threads, tune_allocator
 
     chosen = plugins.rules.names() if rules == "all" else names("--rules", rules)
     for name in chosen:
         plugins.rules.get(name).build()
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch finds no GPU here")
-    torch.set_num_threads(threads)
+    set_threads(threads, "--threads")
     if device == "cpu":
         tune_allocator()
     shape, make = _maker(model, side, classes, seed, device, channels_last)

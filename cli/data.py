@@ -43,7 +43,7 @@ def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.option("--loaders", metavar="NAMES", help="Such as memory,ffcv.  [default: all that work here]")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Turns that each loader gets.")
 @click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0), help="How long a turn is at least.")
-@click.option("--threads", type=click.IntRange(1), help="Of torch.  [default: its own choice]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Of torch.  [default: its own choice]")
 @SETTINGS
 @NUMBERS
 def bench(
@@ -60,12 +60,11 @@ def bench(
     Rows are medians over rounds, with the slowest and the fastest. A CPU second is one of any thread of the process; "opening" is
     the time to the first batch, decoding all images into memory included, writing .beton files not.
     """
-    import torch
-
+    from fahooks.training.device import set_threads
     from fahooks.training.feeding import compare_loaders
 
     if threads:
-        torch.set_num_threads(threads)
+        set_threads(threads, "--threads")
     with stoppable("stopped; nothing was measured"):
         measured, left_out = compare_loaders(recipe, overrides, only=names("--loaders", loaders), rounds=rounds, seconds=seconds)
     for name, reason in left_out.items():

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fahooks import plugins
 from fahooks.data.datasets import default_root
+from fahooks.data.threads import usable_cores
 
 PYTHONS = ((3, 11), (3, 14))
 SYSTEM_LIBRARIES = {"opencv_core": "libopencv-dev", "turbojpeg": "libturbojpeg0-dev"}
@@ -121,11 +122,10 @@ def _loaders() -> Iterator[Finding]:
 
 
 def _threads() -> Iterator[Finding]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     said = ", ".join(f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ)
     torch = sys.modules.get("torch")
     own = f", torch takes {torch.get_num_threads()} threads" if torch else ""
-    yield Finding("processors", "ok", f"{usable} of {os.cpu_count()}{own}{f' ({said})' if said else ''}")
+    yield Finding("processors", "ok", f"{usable_cores()} of {os.cpu_count()}{own}{f' ({said})' if said else ''}")
 
 
 def _places() -> Iterator[Finding]:

@@ -51,6 +51,10 @@ class PluginWarning(UserWarning):
     """A plugin could not be loaded and was skipped."""
 
 
+class Doubtful(UserWarning):
+    """What the user asked for is done, and does nothing, or not what was meant."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A registered thing and how it describes itself.

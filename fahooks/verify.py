@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from fahooks.auditing import audit
 from fahooks.observation import as_found, edges, inputs_first, tensors, with_gradient
 from fahooks.rules import Rule, targets
 from fahooks.rules.direct_matrix import DirectMatrix
-from fahooks.surgery import feedback_rules
+from fahooks.surgery import FeedbackLayer, feedback_rules
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,31 @@ def outputs(model: nn.Module, *inputs: Any) -> dict[str, list[Tensor]]:
         evaluated = [tensor.detach().clone() for tensor in _run(model, inputs)]
     with _recording(model):
         return {"in evaluation mode": evaluated, "as built": [tensor.detach().clone() for tensor in _run(model, inputs)]}
+
+
+@contextmanager
+def senders(model: nn.Module) -> Iterator[set[str]]:
+    """Note the converted layers that send an error below their input, or would, in the forward passes inside, by name.
+
+    An input that needs no gradient takes none, as the images at the first layer of a network.
+    """
+    found: set[str] = set()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FeedbackLayer)}
+    handles = [
+        layer.register_forward_pre_hook(partial(_note_sender, found, name), with_kwargs=True) for name, layer in layers.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note_sender(found: set[str], name: str, layer: FeedbackLayer, args: Any, kwargs: Any) -> None:
+    # Attention has one projection below another: it sends an error within.
+    within = layer.at_output or layer.functional_weights is not None
+    if within or any(tensor.requires_grad for tensor in tensors((args, kwargs))):
+        found.add(name)
 
 
 def verify(model: nn.Module, plain: Mapping[str, Sequence[Tensor]], *inputs: Any, ignore: Sequence[str] = ()) -> Verification:
@@ -180,9 +206,18 @@ def _check_rules(model: nn.Module, inputs: Sequence[Any], idle: frozenset[str]) 
         if rules
         else "no layer has a rule"
     )
+    if rules and not _sends_with(model, inputs):
+        extent += "; where the inputs need no gradient, there is nothing below, and all layers learn as by backpropagation"
     if idle:
         extent += f"; {len(idle)} more {_plural('layer', len(idle))} with a constant input, below which there is no gradient"
     return Check("rule in effect", tuple(problems), extent)
+
+
+def _sends_with(model: nn.Module, inputs: Sequence[Any]) -> bool:
+    """Whether any layer sends an error below where the inputs themselves need no gradient."""
+    with _recording(model), senders(model) as found:
+        _run(model, inputs, prepared=lambda value: value)
+    return bool(found)
 
 
 def _effective(model: nn.Module, inputs: Sequence[Any], rules: Mapping[str, nn.Module]) -> dict[str, bool]:
@@ -257,11 +292,11 @@ def _changed(before: Sequence[Tensor | None], after: Sequence[Tensor | None]) ->
     return any(bool(norm(now - was) > 1e-3 * norm(was)) for was, now in pairs)
 
 
-def _run(model: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
+def _run(model: nn.Module, inputs: Sequence[Any], prepared: Callable[[Any], Any] = with_gradient) -> list[Tensor]:
     torch.manual_seed(0)
     samples = next((len(value) for value in inputs if isinstance(value, Tensor) and value.dim() > 0), 1)
     with targets(model, torch.zeros(samples, dtype=torch.int64)):
-        return list(tensors(model(*map(with_gradient, inputs))))
+        return list(tensors(model(*map(prepared, inputs))))
 
 
 @contextmanager

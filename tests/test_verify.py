@@ -45,6 +45,16 @@ def test_every_rule_passes_the_control_with_b_equal_w_too(rule: str):
     assert verification.rules.extent.endswith("each of 2 converted layers")
 
 
+def test_a_rule_that_only_the_gradient_of_the_inputs_would_use_is_said():
+    says = "where the inputs need no gradient, there is nothing below, and all layers learn as by backpropagation"
+    assert verified(net(), images(), rule={"0": "fa"}).rules.extent.endswith(f"1 converted layer; {says}")
+    for rule in ({"5": "fa"}, "fa", "bp"):
+        assert says not in verified(net(), images(), rule=rule).rules.extent
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    x = torch.randn(2, 3, 4)
+    assert says not in verified(attention, x, x, x, rule="fa").rules.extent, "the second projection has the first one below"
+
+
 class Bypassing(nn.Linear):
     """Uses its weight in a way that the routing does not see."""
 

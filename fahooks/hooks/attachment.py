@@ -194,9 +194,9 @@ def attach(
 
     Raises:
         UnknownName: no such hook.
-        InputError: an argument of another type, options that a hook does not take, a hook that does nothing at a step, a hook or
-            selector without a weight to act on, a rule that learns on a weight that is no parameter, nothing to run although
-            there are rules that learn, or a hook or a rule that is attached already.
+        InputError: an argument of another type, options that a hook does not take, a hook that does nothing at a step, or begins
+            after the last one, a hook or selector without a weight to act on, a rule that learns on a weight that is no
+            parameter, nothing to run although there are rules that learn, or a hook or a rule that is attached already.
     """
     check_model(model)
     check_type("what follows the model", optimizer, Optimizer, "a torch.optim optimizer")
@@ -213,6 +213,9 @@ def attach(
             "{'name': name, option: value} for each"
         )
     made = [_checked(_make(hook, hook_options)) for hook in hooks]
+    if total_steps is not None:
+        for hook in made:
+            check_begins(hook, total_steps)
     if not made and not rules and any(rule.learns for site in sites if (rule := site.rule()) is not None):
         raise InputError("nothing to attach: no hook is given, and this optimizer updates no weight beside which a rule learns")
     _check_free([*made, *(rule for rule, _ in rules.values())])
@@ -294,6 +297,18 @@ def _checked(hook: Hook) -> Hook:
         methods = "before_step(weights) and after_step(weights)"
         raise InputError(f"hook {_label(hook)!r} does nothing: of a fahooks.Hook's methods {methods} it has neither")
     return hook
+
+
+def check_begins(hook: Hook, total_steps: int) -> None:
+    """Refuse a hook that would have no part in any of `total_steps`, which is all of the training.
+
+    Raises:
+        InputError: says when it would begin.
+    """
+    if (first := hook.begins(total_steps)) > total_steps:
+        raise InputError(
+            f"hook {_label(hook)!r} does nothing: it begins at step {first:,}, and training has no more than {total_steps:,}"
+        )
 
 
 def _label(hook: Hook) -> str:

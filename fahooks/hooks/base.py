@@ -73,6 +73,14 @@ class Hook(nn.Module):
             generator_for: a fresh private CPU generator for a weight, keyed by seed, hook and layer name. Draw from no other.
         """
 
+    def begins(self, total_steps: int) -> int:
+        """The first optimizer step, counted from 1, that it has a part in; one that is to begin after the last is refused.
+
+        Arguments:
+            total_steps: of the whole training.
+        """
+        return 1
+
     def before_step(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Change `weight.grad` in place: that of a weight which took no part is None.
 

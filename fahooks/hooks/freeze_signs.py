@@ -26,7 +26,8 @@ class FreezeSigns(Hook):
         match: see `fahooks.Hook`.
 
     Raises:
-        InputError: `after` or `margin` is no such number; at attachment, a fraction without `total_steps`.
+        InputError: `after` or `margin` is no such number; at attachment, a fraction without `total_steps`, or a step
+            after the last one.
     """
 
     def __init__(self, *, after: int | float = 0.05, margin: float = 1e-8, match: Match = None) -> None:
@@ -52,10 +53,17 @@ class FreezeSigns(Hook):
                     f"freeze_signs: after={self.after} is a fraction of training: give attach total_steps, or after as a number "
                     "of steps"
                 )
-            self.start = round(self.after * total_steps)
+            self.start = self._start(total_steps)
         for name, weight in weights.items():
             self.remember(name, torch.zeros_like(weight, requires_grad=False))
         self.after_step(weights)
+
+    def begins(self, total_steps: int) -> int:
+        """The step after which weights are first clipped."""
+        return max(1, self._start(total_steps))
+
+    def _start(self, total_steps: int) -> int:
+        return round(self.after * total_steps) if isinstance(self.after, float) else self.after
 
     def after_step(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Clip the weights that crossed zero."""

@@ -24,6 +24,7 @@ from fahooks.recipe.schema import Adam as Adam
 from fahooks.recipe.schema import AdamW as AdamW
 from fahooks.recipe.schema import Constant as Constant
 from fahooks.recipe.schema import Cosine as Cosine
+from fahooks.recipe.schema import Hook as Hook
 from fahooks.recipe.schema import Paper as Paper
 from fahooks.recipe.schema import Recipe as Recipe
 from fahooks.recipe.schema import Step as Step

@@ -207,7 +207,7 @@ class Train(Section):
             "fsdp2" a part of every parameter. The global batch is data.batch_size, whatever their number.
         sync_batchnorm: let batch norm take its statistics over the shares of all processes in a pass, not of each alone; on GPUs.
         device: "auto" takes a GPU where there is one: the first, or that of the process.
-        threads: CPU threads for torch; None leaves them alone.
+        threads: CPU threads for torch, at most 1,024; None leaves them alone.
     """
 
     epochs: Count
@@ -222,7 +222,7 @@ class Train(Section):
     distributed: Literal["ddp", "fsdp2"] = "ddp"
     sync_batchnorm: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count | None = None
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
 
 
 class Probes(Section):

@@ -47,6 +47,9 @@ def convert(
     The arguments describe the whole result: converting again with the same ones changes nothing, with others the model
     ends as if it had been converted with those from the start.
 
+    A rule is for the error that a layer sends below: the first layer of a network, whose input needs no gradient, sends none, and
+    converted alone it leaves every gradient as it is by backpropagation.
+
     Arguments:
         model: any module. Linear, Conv1d-3d, ConvTranspose1d-3d, their subclasses, nn.MultiheadAttention and every module
             with an adapter are converted. Weights, keys, hooks and parameters' identity stay.

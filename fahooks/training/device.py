@@ -6,11 +6,14 @@ import ctypes
 import mmap
 import os
 import platform
+import warnings
 
 import torch
 
-from fahooks.plugins import InputError
+from fahooks.data.threads import usable_cores
+from fahooks.plugins import Doubtful, InputError
 from fahooks.recipe import Recipe
+from fahooks.training.distributed import rank
 
 REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,9 +49,17 @@ def set_up(recipe: Recipe, device: torch.device) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
+        set_threads(recipe.train.threads, "train.threads")
     if device.type == "cpu":
         tune_allocator()
+
+
+def set_threads(count: int, what: str) -> None:
+    """Let torch compute with `count` threads on a CPU; `what` asked for them, and of more than there are cores it is warned."""
+    if count > usable_cores() and rank() == 0:
+        cores = f"{usable_cores()} {'core' if usable_cores() == 1 else 'cores'}"
+        warnings.warn(f"{what}={count:,} on {cores} is slower than {what}={usable_cores()}", Doubtful, stacklevel=3)
+    torch.set_num_threads(count)
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from fahooks import models, plugins
+from fahooks.hooks.attachment import check_begins
 from fahooks.plugins import InputError
-from fahooks.recipe import Key, Recipe, RecipeError, Source, find, load_marked
+from fahooks.recipe import Hook, Key, Recipe, RecipeError, Source, find, load_marked
 from fahooks.rules.direct import FromOutput
 from fahooks.surgery.selection import deciding_test, selector_test
 from fahooks.surgery.sites import Site, find_blocks, find_sites
@@ -59,6 +60,8 @@ def misfits(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     for index, hook in enumerate(recipe.hooks):
         for pattern in [hook.match] if isinstance(hook.match, str) else hook.match or []:
             yield from _unmatched(("hooks", index, "match"), pattern, sites)
+        if recipe.data.limit is not None:
+            yield from _too_late(("hooks", index), hook, -(-recipe.data.limit // recipe.data.batch_size) * recipe.train.epochs)
 
 
 def _model(recipe: Recipe) -> nn.Module:
@@ -100,6 +103,14 @@ def _unmatched(key: Key, pattern: str, sites: Sequence[Site]) -> Iterator[tuple[
         selector_test(pattern, sites, "match")
     except InputError as error:
         yield key, str(error).removeprefix("match: ")
+
+
+def _too_late(key: Key, hook: Hook, most_steps: int) -> Iterator[tuple[Key, str]]:
+    """A hook that does nothing even in a training of `most_steps`, which is more than there are: some images validate."""
+    try:
+        check_begins(plugins.hooks.get(hook.name).build(**hook.options), most_steps)
+    except InputError as error:
+        yield key, str(error)
 
 
 def _no_blocks(key: Key, at: str | Sequence[str] | None, model: nn.Module) -> Iterator[tuple[Key, str]]:

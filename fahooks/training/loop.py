@@ -205,15 +205,17 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
 
 def _explained(sitting: Sitting, error: Diverged) -> Diverged:
     """The error, with the step, the layer and the pass that it came from, which one process alone can find."""
-    last, newest = sitting.progress.step, sitting.checkpoints.paths()[0]
-    todo = f"lower optim.lr (it was {sitting.progress.lr:g}), or set train.clip_norm; the last checkpoint is {newest}"
+    last, newest = sitting.progress.step, f"{sitting.checkpoints.paths()[0]}, the last checkpoint"
+    lower = f"fahooks train {sitting.run.path / 'resolved.yaml'} --set optim.lr={sitting.setup.recipe.optim.lr / 10:g}"
+    anew = f"start anew with a lower optim.lr, as by `{lower}`, or with train.clip_norm"
     if world() > 1:
-        return Diverged(f"{error}: resumed in one process, the run says which layer it came from; {todo}")
+        return Diverged(f"{error}: resumed in one process, from {newest}, the run says which layer it came from; {anew}")
     sitting.display.line(f"{error}: the steps since the last checkpoint are taken again, to find where that came from")
     steps = range(last - LOOK_EVERY, last + 1)
     found = origin(sitting.setup, sitting.checkpoints, sitting.run.best, steps, sitting.stop)
-    where = "taken again, the same steps stay finite" if found is None else f"first at step {found[0]}, {found[1]}"
-    return Diverged(f"{error}: {where}; {todo}")
+    if found is None:
+        return Diverged(f"{error}: taken again, the same steps stay finite; --resume goes on from {newest}; or {anew}")
+    return Diverged(f"{error}: first at step {found[0]}, {found[1]}; --resume would come to the same from {newest}; {anew}")
 
 
 def _epoch(sitting: Sitting, epoch: int) -> None:

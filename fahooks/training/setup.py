@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fahooks import models
 from fahooks.data import Dataset, Stream
 from fahooks.hooks import Attachment, attach
-from fahooks.plugins import InputError
+from fahooks.plugins import Doubtful, InputError
 from fahooks.recipe import Recipe
 from fahooks.rules.passes import passes_of
 from fahooks.surgery import Report, convert, feedback_rules
@@ -124,14 +125,14 @@ def prepare(recipe: Recipe, streams: Streams | None = None) -> Setup:
     model, plain, report = _converted(recipe, dataset, device)
     autocast = devices.autocast(recipe.train.precision, device)
     first = next(iter(train)).split(recipe.train.accumulate, train.view.world)[0]
-    try_on(model, recipe.model.name, first, dataset.classes, autocast)
+    idle = try_on(model, recipe.model.name, first, dataset.classes, autocast)
     try_smallest_pass(model, recipe, train, autocast)
     wrapped = distributed.wrap(model, recipe.train.distributed, device)
     optimizer = make_optimizer(model, recipe.optim, scaled=recipe.train.precision == "fp16")
     average = None if plain is None or recipe.train.ema is None else _average(plain, model, recipe.train.ema, device)
     if distributed.rank() != 0:  # dropout is to differ from rank to rank
         torch.manual_seed(generator_seed(recipe.seed, f"rank {distributed.rank()}"))
-    return Setup(
+    setup = Setup(
         recipe=recipe,
         choices=streams.choices,
         device=device,
@@ -150,6 +151,21 @@ def prepare(recipe: Recipe, streams: Streams | None = None) -> Setup:
         scaler=devices.scaler(recipe.train.precision, device),
         average=average,
     )
+    for doubt in _doubts(setup, idle) if distributed.rank() == 0 else ():
+        warnings.warn(doubt, Doubtful, stacklevel=2)
+    return setup
+
+
+def _doubts(setup: Setup, idle: Sequence[str]) -> Iterator[str]:
+    """What of the recipe does nothing: its rules, where all are `idle`, and hooks that begin after the run's last step."""
+    if idle:
+        what = f"only {', '.join(idle)} has a rule" if len(idle) == 1 else f"only {', '.join(idle)} have rules"
+        yield f"{what}, and sends no error to the images below: the run learns as by backpropagation"
+    whole = setup.recipe.train.epochs * len(setup.train)
+    for entry, (hook, _) in zip(setup.recipe.hooks, setup.hooks.hooks if setup.hooks else (), strict=True):
+        if (first := hook.begins(whole)) > setup.steps:
+            what = f"hook {entry.name!r} does nothing: it begins at step {first:,}"
+            yield f"{what}, and train.max_steps ends the run after {setup.steps:,}"
 
 
 def _converted(recipe: Recipe, dataset: Dataset, device: torch.device) -> tuple[nn.Module, nn.Module | None, Report]:

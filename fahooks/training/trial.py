@@ -10,6 +10,8 @@ from fahooks.observation import as_found
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe
 from fahooks.rules import targets
+from fahooks.surgery import feedback_rules
+from fahooks.verify import senders
 
 
 class UnfitModel(InputError):
@@ -24,8 +26,11 @@ class UnfitModel(InputError):
         super().__init__(f"{fault}; name another, or set its options")
 
 
-def try_on(model: nn.Module, name: str, batch: Batch, classes: int, autocast: torch.autocast) -> None:
+def try_on(model: nn.Module, name: str, batch: Batch, classes: int, autocast: torch.autocast) -> list[str]:
     """Run one batch through the model.
+
+    Returns:
+        The names of its rules, where none of them sends an error to anything: the model then learns as by backpropagation.
 
     Raises:
         UnfitModel: the model does not run on these images, or does not give logits [N, classes].
@@ -35,7 +40,7 @@ def try_on(model: nn.Module, name: str, batch: Batch, classes: int, autocast: to
     modes = [(module, module.training) for module in model.modules()]
     try:
         # With gradients: some rules look at the model's output only then.
-        with as_found(model), autocast, targets(model, batch.labels):
+        with as_found(model), autocast, targets(model, batch.labels), senders(model) as sending:
             logits = model.eval()(batch.images)
     except InputError:
         raise
@@ -52,6 +57,7 @@ def try_on(model: nn.Module, name: str, batch: Batch, classes: int, autocast: to
             f"model {name!r} must give logits of shape {(images, classes)} for {images} images of shape {shape} (CxHxW), "
             f"and gave {given}"
         )
+    return [] if sending else list(feedback_rules(model))
 
 
 def try_smallest_pass(model: nn.Module, recipe: Recipe, train: Stream, autocast: torch.autocast) -> None:

@@ -87,6 +87,22 @@ def test_a_weight_that_is_zero_takes_the_side_of_its_first_value(net: Callable[.
         handle.load_state_dict(state)  # in which the weights are free
 
 
+@pytest.mark.parametrize(("after", "first"), [(0, 1), (1, 1), (4, 4), (0.3, 3), (0.04, 1)])
+def test_when_it_begins_is_known_before(after: float, first: int, net: Callable[..., Any], learn: Callable[..., None]):
+    assert fahooks.FreezeSigns(after=after).begins(10) == first
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    if first > 3:
+        with pytest.raises(
+            InputError, match=f"^hook 'freeze_signs' does nothing: it begins at step {first}, and training has no more than 3$"
+        ):
+            fahooks.attach(model, optimizer, fahooks.FreezeSigns(after=after), total_steps=3)
+    fahooks.attach(model, optimizer, fahooks.FreezeSigns(after=after, margin=0.5), total_steps=10)
+    for step in range(1, 6):
+        learn(model, optimizer, 1)
+        assert bool(model.dense.weight.abs().min() >= 0.5) == (step >= first), step
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("margin", [0.0, 1e-8, 0.01])
 def test_a_clipped_weight_is_never_zero(dtype: torch.dtype, margin: float):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fahooks.plugins import InputError
+from fahooks.plugins import Doubtful, InputError
 from fahooks.recipe import Recipe
+from fahooks.training import device as devices
 from fahooks.training.setup import prepare
 
 Tiny = Callable[..., Recipe]
@@ -30,6 +31,16 @@ def test_threads_are_set_only_if_given(tiny: Tiny):
     assert torch.get_num_threads() == 2
     prepare(tiny("train.threads=1"))
     assert torch.get_num_threads() == 1
+
+
+def test_more_threads_than_cores_are_warned_of(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(devices, "usable_cores", lambda: 2)
+    prepare(tiny("train.threads=2"))
+    with pytest.warns(Doubtful, match="^train.threads=3 on 2 cores is slower than train.threads=2$"):
+        prepare(tiny("train.threads=3"))
+    assert torch.get_num_threads() == 3
+    with pytest.raises(InputError, match="train.threads: must be less than or equal to 1024"):
+        tiny("train.threads=1025")
 
 
 def test_float32_is_rounded_where_that_is_asked_for_and_nowhere_else(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fahooks
-from fahooks.recipe import Recipe
+from fahooks.recipe import Recipe, load
 from fahooks.training import loop
 from fahooks.training.divergence import first_not_finite
 from fahooks.training.loop import Diverged, train
@@ -193,7 +193,9 @@ def test_a_run_that_diverges_says_at_which_step_and_in_which_layer_and_keeps_its
     monkeypatch.setattr("fahooks.training.divergence.take_step", poisoned)
     calls.clear()
     run = RunDirectory.create(setup.recipe, SOURCE, out=tmp_path / "run")
-    with pytest.raises(Diverged, match="taken again, the same steps stay finite"):  # poisoned only once
+    with pytest.raises(
+        Diverged, match="taken again, the same steps stay finite; --resume goes on from .*step-000000006.pt, "
+    ):  # poisoned only once
         train(setup, run)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000000006.pt"]
     assert run.read_status()["state"] == "failed"
@@ -208,7 +210,11 @@ def test_a_learning_rate_that_is_too_high_is_traced(
         train(setup, run)
     message = str(caught.value)
     assert "\n" not in message and message.startswith("the loss was nan by step 5, in epoch 1: first at step 2, layer '")
-    assert message.endswith(f"or set train.clip_norm; the last checkpoint is {run.checkpoints}/step-000000000.pt")
+    assert message.endswith(
+        f"; --resume would come to the same from {run.checkpoints}/step-000000000.pt, the last checkpoint; start anew "
+        f"with a lower optim.lr, as by `fahooks train {run.path}/resolved.yaml --set optim.lr=1e+29`, or with train.clip_norm"
+    )
+    assert prepare(load(str(run.path / "resolved.yaml"), ["optim.lr=1e+29"])).recipe.optim.lr == 1e29, "what it says can be done"
     assert json.loads((run.path / "status.json").read_text())["reason"] == message
     assert "are taken again, to find where that came from" in capsys.readouterr().out
 

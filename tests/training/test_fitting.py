@@ -65,6 +65,16 @@ def test_what_fits_is_not_named(given: dict[str, str]):
     assert list(misfits(recipe(**given))) == []
 
 
+def test_a_hook_that_begins_after_the_last_step_is_named_where_the_images_are_counted():
+    def found(after: int, *overrides: str) -> list[tuple[tuple[str | int, ...], str]]:
+        text = TEXT.format(model="{name: paper/mnist}", feedback=ALL, hooks=f"[{{name: freeze_signs, after: {after}}}]")
+        return list(misfits(load(Source("r.yaml", text), overrides)))
+
+    says = "hook 'freeze_signs' does nothing: it begins at step 42, and training has no more than 41"
+    assert found(42, "data.limit=405") == [(("hooks", 0), says)]
+    assert found(41, "data.limit=405") == found(42) == []
+
+
 def test_a_model_that_the_meta_device_can_not_hold_is_built_beside_the_random_numbers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(plugins.models, "_entries", dict(plugins.models._entries))
 

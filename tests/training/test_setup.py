@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from fahooks.hooks import Alignment, FreezeSigns
-from fahooks.plugins import InputError
+from fahooks.plugins import Doubtful, InputError
 from fahooks.recipe import Recipe
-from fahooks.surgery import feedback_layers
+from fahooks.surgery import backprop, feedback_layers
 from fahooks.training.setup import prepare
 
 from .conftest import stored
@@ -45,6 +46,30 @@ def test_rules_go_where_their_patterns_say(tiny: Tiny):
     setup = prepare(tiny("feedback=[{match: output, rule: bp}, {match: 'conv*', rule: fa, gain: 2.0}, {rule: usf_sn}]"))
     rules = {layer.name: layer.rule for layer in setup.report.layers}
     assert rules == {"conv1": "fa", "conv2": "fa", "dense": "usf_sn", "output": ""}
+
+
+def test_what_does_nothing_in_a_run_is_warned_of(tiny: Tiny):
+    as_backprop = "the run learns as by backpropagation$"
+    with pytest.warns(Doubtful, match=f"^only conv1 has a rule, and sends no error to the images below: {as_backprop}"):
+        setup = prepare(tiny("feedback=[{match: conv1, rule: fa}]"))
+    batch = next(iter(setup.train))
+    gradients = []
+    for context in (nullcontext, lambda: backprop(setup.model)):
+        with context():
+            loss = setup.model.eval()(batch.images).square().sum()
+            gradients.append(torch.autograd.grad(loss, list(setup.model.parameters())))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    for used in ("[{match: conv2, rule: fa}]", "[{match: output, rule: fa}, {match: conv1, rule: usf}]", "[{rule: bp}]"):
+        prepare(tiny(f"feedback={used}"))
+    prepare(tiny("feedback=[{rule: dfa, at: conv1}]"))
+    late = ("hooks=[{name: dale}, {name: freeze_signs, after: 4}]", "train.max_steps=3")
+    with pytest.warns(Doubtful, match="^hook 'freeze_signs' does nothing: it begins at step 4, and train.max_steps ends the run"):
+        prepare(tiny(*late))
+    prepare(tiny(late[0], "train.max_steps=4"))
+    with pytest.raises(
+        InputError, match="^hook 'freeze_signs' does nothing: it begins at step 16, and training has no more than 15$"
+    ):
+        prepare(tiny("hooks=[{name: freeze_signs, after: 16}]"))
 
 
 def test_hooks_are_attached_for_the_whole_training(tiny: Tiny):
