@@ -48,7 +48,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, feedback: Feedback) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.feedback = feedback
-        return F.linear(input, weight, bias)
+        return _owned(F.linear(input, weight, bias))
 
     @staticmethod
     @_once_differentiable
@@ -72,6 +72,14 @@ def _product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     if like.stride(0) == 1 and like.stride(1) == like.shape[0]:
         return (right.t() @ left.t()).t()
     return left @ right
+
+
+def _owned(output: Tensor) -> Tensor:
+    """The output of a function, no view of another tensor: autograd lets nobody overwrite one that a function returns.
+
+    einsum makes views, and so does F.linear in some versions of torch.
+    """
+    return output.data if not torch.compiler.is_compiling() and output._is_view() else output
 
 
 class _Convolution(torch.autograd.Function):
@@ -151,7 +159,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, operation: Callable[..., Tensor], place: int, feedback: Feedback, *operands: Tensor) -> Tensor:
         ctx.save_for_backward(*operands)
         ctx.operation, ctx.place, ctx.feedback = operation, place, feedback
-        return operation(*operands)
+        return _owned(operation(*operands))
 
     @staticmethod
     @_once_differentiable

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -188,6 +189,26 @@ def test_linear_has_the_bits_of_torch_in_every_layout(transposed: tuple[int, ...
     (output, gradients), (plain_output, plain_gradients) = same.learn(same.routed), same.learn(same.plain)
     torch.testing.assert_close((output, gradients), (plain_output, plain_gradients), rtol=0, atol=0)
     assert {n: g.stride() for n, g in gradients.items()} == {n: g.stride() for n, g in plain_gradients.items()}
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 5, 3), (1, 2, 5, 3)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_outputs_can_be_overwritten(shape: tuple[int, ...], bias: bool) -> None:
+    x, weight, matrix = (torch.randn(*s).double() for s in (shape, (4, 3), (4, 3)))
+    x.requires_grad_()
+    output = functional.linear(x, weight, torch.zeros(4).double() if bias else None, feedback=Given(matrix))
+    output += 1
+    output.mul_(2).sum().backward()
+    torch.testing.assert_close(x.grad, (2 * matrix.sum(0)).expand(shape))
+
+
+@pytest.mark.parametrize("equation", ["ni,oi->no", "ni,oi->on"])
+def test_products_can_be_overwritten(equation: str) -> None:
+    x, weight, matrix = (torch.randn(*s).double() for s in ((2, 3), (4, 3), (4, 3)))
+    x.requires_grad_()
+    output = functional.product(partial(torch.einsum, equation), x, weight, place=1, feedback=Given(matrix))
+    output.mul_(2).sum().backward()
+    torch.testing.assert_close(x.grad, (2 * matrix.sum(0)).expand(2, 3))
 
 
 def test_takes_positions_and_keywords_as_torch_does(call: Call) -> None:

@@ -162,7 +162,8 @@ class Routing(TorchFunctionMode):
 
     def feedback_for(self, weight: Tensor) -> functional.Feedback | None:
         """The layer's feedback for a weight, or for a part that was taken of one."""
-        return _found(weight, self.parts) or self.layer.feedback_for(weight)
+        part = _found(weight, self.parts)
+        return self.layer.feedback_for(weight) if part is None else part  # some versions of torch can not trace `or` here
 
     def take_parts(self, func: Callable[..., Any], whole: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call `func`; where it takes parts of a weight, or turns it round, calls that use them get the same of B."""
