@@ -14,6 +14,7 @@ from fahooks import plugins
 from fahooks.plugins import InputError
 
 from .arguments import NUMBERS, RECIPE, SETTINGS, names
+from .stopping import importing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,10 +63,11 @@ def step(
     """
     # torch's profiler, which measures memory, reports on itself otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    import torch
+    with importing():
+        import torch
 
-    from fahooks import benchmark
-    from fahooks.training.device import set_threads, tune_allocator
+        from fahooks import benchmark
+        from fahooks.training.device import set_threads, tune_allocator
 
     chosen = plugins.rules.names() if rules == "all" else names("--rules", rules)
     for name in chosen:
@@ -102,10 +104,11 @@ def loop(recipe: str, overrides: tuple[str, ...], rounds: int) -> None:
     A ratio is the speed of a loop over that of the minimal one in the same round: medians over rounds with quartiles. `minimal
     loop again` is a second copy: no ratio says more than its own.
     """
-    import torch
+    with importing():
+        import torch
 
-    from fahooks.recipe import load
-    from fahooks.training import loop_benchmark
+        from fahooks.recipe import load
+        from fahooks.training import loop_benchmark
 
     speeds = loop_benchmark.compare(load(recipe, overrides), rounds=rounds)
     clocks = list(speeds[0].ratios)

@@ -21,8 +21,9 @@ from rich.text import Text
 
 from fahooks import plugins
 from fahooks.plugins import InputError
+from fahooks.terminal import on_terminal
 
-from .tables import on_terminal
+from .stopping import importing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,17 +91,18 @@ def convert(
     sends another gradient below; every linear map of the model goes through a rule, save those left out as asked.
     Exit code 0 if all three hold, 1 if one does not, 2 if something that was given is wrong.
     """
-    settings = {
-        "model": model,
-        "model_options": _key_values("--model-option", model_options),
-        "rule": _rules(rules),
-        "options": _key_values("--option", options),
-        "include": list(include),
-        "exclude": list(exclude),
-        "seed": seed,
-        "fahooks": version("fahooks"),
-    }
-    arguments = _arguments(settings)
+    with importing():  # by the rules
+        settings = {
+            "model": model,
+            "model_options": _key_values("--model-option", model_options),
+            "rule": _rules(rules),
+            "options": _key_values("--option", options),
+            "include": list(include),
+            "exclude": list(exclude),
+            "seed": seed,
+            "fahooks": version("fahooks"),
+        }
+        arguments = _arguments(settings)
     shape = None if input_size is None else _shape(input_size)
     with _destination(output) as partial:
         # What the user's own factory prints is not part of the document.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .arguments import NUMBERS, RECIPE, SETTINGS, names
-from .train import stoppable
+from .stopping import importing, stoppable
 
 if TYPE_CHECKING:
     from fahooks.data.throughput import Throughput
@@ -30,7 +30,8 @@ def prepare(recipe: str, overrides: tuple[str, ...]) -> None:
     How images are packed is said by data.loader=ffcv and data.loader_options: mode (raw, jpg, proportion), quality, proportion,
     max_side, shorter_side, folder, workers. `fahooks ls loaders` has them all.
     """
-    from fahooks.training.feeding import prepare_data
+    with importing():
+        from fahooks.training.feeding import prepare_data
 
     with stoppable("stopped; the files that are whole stay, and the same command writes the others"):
         files = prepare_data(recipe, overrides)
@@ -60,8 +61,9 @@ def bench(
     Rows are medians over rounds, with the slowest and the fastest. A CPU second is one of any thread of the process; "opening" is
     the time to the first batch, decoding all images into memory included, writing .beton files not.
     """
-    from fahooks.training.device import set_threads
-    from fahooks.training.feeding import compare_loaders
+    with importing():
+        from fahooks.training.device import set_threads
+        from fahooks.training.feeding import compare_loaders
 
     if threads:
         set_threads(threads, "--threads")

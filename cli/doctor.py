@@ -8,10 +8,13 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from .stopping import importing
+
 STYLES = {"ok": "green", "absent": "yellow", "missing": "bold red"}
 
 
 @click.command(epilog="Example: fahooks doctor")
+@importing()
 def doctor() -> None:
     """Say what this machine has for training, what is missing, and what installs it.
 

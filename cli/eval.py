@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from .arguments import SETTINGS
-from .train import importing, together
+from .stopping import importing, together
 
 
 @click.command(name="eval", epilog="Example: fahooks eval runs/quickstart-1/fa --weights last")

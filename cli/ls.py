@@ -12,6 +12,7 @@ import click
 from fahooks import plugins
 from fahooks.plugins import InputError, Registry, near
 
+from .stopping import importing
 from .tables import print_rows
 
 REGISTRIES: dict[str, Registry] = {
@@ -38,6 +39,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 @click.command(epilog="Example: fahooks ls rules 'usf*'")
 @click.argument("kind", metavar=f"[{'|'.join(KINDS)}]", shell_complete=_complete)
 @click.argument("pattern", required=False)
+@importing()
 def ls(kind: str, pattern: str | None) -> None:
     """List what has a name, with its options and their defaults.
 

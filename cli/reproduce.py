@@ -10,8 +10,8 @@ import click
 from fahooks.plugins import InputError, near
 
 from .arguments import SETTINGS, names, numbers
+from .stopping import importing, together
 from .tables import print_result
-from .train import importing, together
 
 TABLES = ("table1",)
 

@@ -6,13 +6,16 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from fahooks.terminal import on_terminal
+
 from .arguments import RECIPE, SETTINGS
-from .tables import on_terminal
+from .stopping import importing
 
 
 @click.command(epilog="Example: fahooks show mnist/fa-usf-sn --set train.epochs=1")
 @RECIPE
 @SETTINGS
+@importing()
 def show(recipe: str, overrides: tuple[str, ...]) -> None:
     """Print RECIPE with its bases, every default and where each value comes from.
 

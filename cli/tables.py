@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 
 import click
@@ -11,12 +10,9 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fahooks.terminal import on_terminal
+
 PLAIN_WIDTH = 120
-
-
-def on_terminal() -> bool:
-    """Whether what is printed is looked at. By FORCE_COLOR rich also colours what is not: right for results, not for YAML."""
-    return sys.stdout.isatty()
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -7,10 +7,12 @@ import click
 from fahooks.plugins import InputError
 
 from .arguments import RecipeName
+from .stopping import importing
 
 
 @click.command(epilog="Example: fahooks validate mnist/fa my-recipe.yaml")
 @click.argument("recipes", nargs=-1, metavar="[RECIPE]...", shell_complete=RecipeName().shell_complete)
+@importing()
 def validate(recipes: tuple[str, ...]) -> None:
     """Check recipes, all shipped ones where none is named, and say what is wrong in each.
 

@@ -278,10 +278,11 @@ def load_plugins() -> None:
         except NameClash:
             _plugins_loaded = False
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             package = point.dist.name if point.dist else point.value
+            reason = " ".join(str(error).split())
             warnings.warn(
-                f"plugin {point.name!r} of package {package!r} was skipped: {type(error).__name__}: {error}",
+                f"plugin {point.name!r} of package {package!r} was skipped: {type(error).__name__}: {reason}",
                 PluginWarning,
                 stacklevel=2,
             )

@@ -22,11 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Part -> the parts that it may import.
 MAY_IMPORT = {
     "plugins": set(),
+    "terminal": set(),
     "functional": set(),
     "observation": set(),
     "reference": {"functional"},
     "models": {"plugins"},
-    "data": {"plugins"},
+    "data": {"plugins", "terminal"},
     "recipe": {"plugins", "models", "data"},
     "report": {"plugins", "recipe"},
     "diagnosis": {"plugins", "data"},

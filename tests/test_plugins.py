@@ -251,13 +251,15 @@ class Rule(fahooks.Rule):
 def test_a_broken_plugin_does_not_stop_the_others(install: Callable[[str, str], None]):
     install("first_plugin", RULE.format(name="first"))
     install("broken_plugin", "import a_module_that_is_gone")
+    install("ending_plugin", "raise SystemExit('no\\nlicence')")
     install("last_plugin", RULE.format(name="last"))
     with pytest.warns(PluginWarning) as caught:
         names = plugins.rules.names()
     assert {"first", "last", "fa"} <= set(names)
     assert [str(warning.message) for warning in caught] == [
         "plugin 'broken_plugin' of package 'broken_plugin' was skipped: "
-        "ModuleNotFoundError: No module named 'a_module_that_is_gone'"
+        "ModuleNotFoundError: No module named 'a_module_that_is_gone'",
+        "plugin 'ending_plugin' of package 'ending_plugin' was skipped: SystemExit: no licence",
     ]
     assert plugins.rules.get("first").package == "first_plugin"
 

@@ -7,10 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-
-def on_terminal(console: Console) -> bool:
-    """Whether a line can be drawn over. By FORCE_COLOR rich is told that any output is a terminal, so that it colours it."""
-    return console.is_interactive and console.file.isatty()
+from fahooks.terminal import on_terminal
 
 
 class Display:
@@ -32,7 +29,7 @@ class Display:
             TextColumn("{task.fields[speed]:,.0f} images/s"),
             TimeRemainingColumn(compact=True),
             console=console,
-            disable=not on_terminal(console),
+            disable=not on_terminal(console.file),
             transient=True,
             expand=True,
         )

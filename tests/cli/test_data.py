@@ -69,7 +69,10 @@ def test_bench_prints_a_row_a_loader_and_writes_the_numbers(tmp_path: Path):
     assert [len(each["rounds"]["images_per_second"]) for each in document] == [2, 2]
 
 
-@pytest.mark.parametrize("names", ["memroy", ""])
-def test_bench_of_a_loader_that_is_none_is_refused(tmp_path: Path, names: str):
-    done = data("bench", "quickstart", "--loaders", names or "memory,", "--set", f"data.root={tmp_path}")
-    assert done.exit_code == 2 and "no loader is named" in done.stderr
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [("memroy", "no loader is named 'memroy'"), ("memory,", "--loaders must be names"), ("memory,memory", "has memory twice")],
+)
+def test_bench_of_a_loader_that_is_none_is_refused(tmp_path: Path, names: str, problem: str):
+    done = data("bench", "quickstart", "--loaders", names, "--set", f"data.root={tmp_path}")
+    assert done.exit_code == 2 and problem in done.stderr

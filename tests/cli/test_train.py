@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -138,25 +137,6 @@ def test_quickstart_prints_a_table_and_saves_a_figure(run):
 
 def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def test_a_stop_before_the_run_began_says_so(run, monkeypatch):
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fahooks.training.commands.start", stop)
-    done = run("train", "quickstart")
-    assert (done.exit_code, done.stderr) == (130, "fahooks: stopped before the run began\n")
-
-
-@pytest.mark.parametrize("command", ["train", "reproduce", "ls"])
-def test_a_stop_while_modules_are_imported_ends_with_130(command: str, run, monkeypatch):
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(importlib, "import_module", stop)
-    done = run(command)
-    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "fahooks: stopped\n")
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])

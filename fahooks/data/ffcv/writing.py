@@ -42,6 +42,7 @@ from fahooks.data.ffcv.beton import (
 from fahooks.data.ffcv.library import decode_jpeg
 from fahooks.data.order import shuffled
 from fahooks.plugins import Failed, InputError
+from fahooks.terminal import on_terminal
 
 # Of what is written here; another number makes all files be written anew.
 FORMAT = 1
@@ -309,7 +310,7 @@ def _shown(name: str, count: int) -> Iterator[Callable[[int], None]]:
             last = time.monotonic()
             line(f"{title}: {done:,} of {count:,} images")
 
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
+    with Progress(*columns, console=console, disable=not on_terminal(sys.stderr), transient=True) as bar:
         task = bar.add_task(title, total=count)
         yield advance
     line(f"wrote {name}: {count:,} images in {time.monotonic() - started:.1f} s")
