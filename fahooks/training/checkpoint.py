@@ -19,7 +19,7 @@ from fahooks.plugins import InputError
 from fahooks.surgery import feedback_layers
 from fahooks.training.distributed import of_every_rank, rank, sharded, whole
 from fahooks.training.failures import is_out_of_memory
-from fahooks.training.run_directory import write
+from fahooks.training.run_directory import to_disk, write
 from fahooks.training.sameness import check_same
 
 VERSION = 4
@@ -118,7 +118,9 @@ class Checkpoints:
             "generators": _generators(),
         }
         if rank() == 0:
-            self.folder.mkdir(exist_ok=True)
+            if not self.folder.is_dir():
+                self.folder.mkdir()
+                to_disk(self.folder.parent)
             write(path, partial(_dump, state))
         self.prune(path)
         return path

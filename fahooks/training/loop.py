@@ -27,7 +27,7 @@ from fahooks.training.distributed import any_rank, rank, share_buffers, total, w
 from fahooks.training.divergence import origin
 from fahooks.training.failures import recorded
 from fahooks.training.progress import Display
-from fahooks.training.run_directory import RunDirectory
+from fahooks.training.run_directory import RunDirectory, to_disk
 from fahooks.training.setup import Setup
 from fahooks.training.step import Outcome, counted, known, loss_of, take_step
 from fahooks.training.stopping import Stop, Stopped
@@ -117,6 +117,7 @@ class Sitting:
             raise Diverged(f"a weight, or a running statistic, was infinite or not a number after step {self.progress.step}")
         if self.board is not None:
             self.board.flush()  # or a kill would take events of steps that are not taken again
+            self.run.sync()
         self.progress.seconds = time.perf_counter() - self.begun
         self.checkpoints.save(self.setup.parts, self.progress, self.run.best)
         self.saved = time.perf_counter()
@@ -183,6 +184,8 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
             sitting.save()  # so that a disk without room is found out now
         if path is not None:
             display.line(f"goes on after step {progress.step}, in epoch {min(progress.epoch + 1, epochs)}/{epochs}, from {path}")
+            if lost := run.lost(progress.epoch, progress.step, recipe.probes.every):
+                display.line(f"{run.metrics} has lost rows ({lost}), as to a power cut: curves have a gap there")
         try:
             for epoch in range(progress.epoch + 1, epochs + 1):
                 if sitting.ended and not progress.batch:
@@ -375,6 +378,8 @@ def _board(run: RunDirectory, resumed_at: int | None) -> SummaryWriter:
     while any(run.tensorboard.glob(f"*.tfevents.{int(time.time()):010d}.*")):
         time.sleep(0.02)
     board = SummaryWriter(str(run.tensorboard), purge_step=resumed_at)
+    for folder in (run.tensorboard, run.path):
+        to_disk(folder)
     for row in run.rows("epoch")[-1:]:
         if resumed_at is not None and row["step"] == resumed_at:  # the epoch that the checkpoint ends is not trained again
             _to_board(board, _curves(row), resumed_at)

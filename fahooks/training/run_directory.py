@@ -186,13 +186,37 @@ class RunDirectory:
         self.write("layers.json", _json(report))
 
     def log(self, kind: str, **values: Any) -> None:
-        """Append a line to metrics.jsonl; not-a-number becomes null, which JSON can say."""
+        """Append a line to metrics.jsonl; not-a-number becomes null, which JSON can say. `sync` brings it to the disk."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **_finite(values)}) + "\n")
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of one kind, in order."""
         return [row for row in self._rows() if row["kind"] == kind]
+
+    def sync(self) -> None:
+        """Bring what was logged to the disk, for TensorBoard too: a checkpoint that is written then counts no row that is lost.
+
+        A power cut, unlike a kill, takes what only the system's memory has. summary.csv is on the disk whenever it is written.
+        """
+        for file in (self.metrics, *sorted(self.tensorboard.glob("*"))[-1:]):
+            to_disk(file)
+
+    def lost(self, epoch: int, step: int, probes_every: int | None) -> str:
+        """Which rows a run should have logged that are not in metrics.jsonl, or are damaged, in words; empty where none is.
+
+        Arguments:
+            epoch: epochs that it finished.
+            step: optimizer steps that it took.
+            probes_every: its recipe's probes.every.
+        """
+        probed = step if probes_every else 0
+        counted = (
+            ("epochs, from epoch", range(1, epoch + 1), {row["epoch"] for row in self.rows("epoch")}),
+            ("probes, from step", range(0, probed, probes_every or 1), {row["step"] for row in self.rows("probe")}),
+        )
+        gone = {what: [number for number in expected if number not in here] for what, expected, here in counted}
+        return ", and ".join(f"{len(numbers):,} of {what} {numbers[0]:,} on" for what, numbers in gone.items() if numbers)
 
     def trim(self, epoch: int, step: int) -> None:
         """Forget what was logged after epoch `epoch` and from step `step` on: a resumed run writes it again.
@@ -218,9 +242,9 @@ class RunDirectory:
     def _rows(self) -> list[dict[str, Any]]:
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
         # What follows the last newline was cut off by a crash.
-        return [json.loads(line) for line in lines[:-1]]
+        return [row for line in lines[:-1] if (row := _row(line)) is not None]
 
 
 class Following(RunDirectory):
@@ -271,11 +295,16 @@ def write(path: Path, content: Callable[[BinaryIO], Any]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)  # on a full disk it holds the room that status.json needs
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    to_disk(path.parent)  # or a power cut may take the new name back
+
+
+def to_disk(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # or a power cut may take the new name back
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 @contextmanager
@@ -370,6 +399,15 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is damaged, as by a power cut: `lost` names those that are missed."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "kind" in row else None
 
 
 def _finite(value: Any) -> Any:

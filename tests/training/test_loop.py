@@ -3,7 +3,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import signal
+import stat
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +20,7 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 from torch._inductor.exc import InductorError
 
@@ -172,6 +177,80 @@ def curves(run: RunDirectory) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag not in ("seconds", "images_per_second")]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+class Disk:
+    """What a power cut leaves: the content that files had, and the names that folders had, when they were brought to the disk."""
+
+    def __init__(self) -> None:
+        self.contents: dict[int, bytes] = {}
+        self.names: dict[int, dict[str, int]] = {}
+        self.real = os.fsync
+
+    def fsync(self, descriptor: int) -> None:
+        self.real(descriptor)
+        about, path = os.fstat(descriptor), Path(f"/proc/self/fd/{descriptor}")
+        if stat.S_ISDIR(about.st_mode):
+            self.names[about.st_ino] = {entry.name: entry.inode() for entry in os.scandir(path)}
+        else:
+            self.contents[about.st_ino] = path.read_bytes()
+
+    def leave(self, folder: int, to: Path) -> None:
+        """Put what is left of a folder, which is known by its number, into another one."""
+        to.mkdir()
+        for name, number in self.names[folder].items():
+            if number in self.names:
+                self.leave(number, to / name)
+            else:
+                (to / name).write_bytes(self.contents.get(number, b""))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files that are open are read from /proc")
+def test_a_power_cut_after_a_checkpoint_takes_nothing_that_it_counts(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Names too are lost that were not brought to the disk. TensorBoard's thread is slow, so that it may well be behind."""
+    disk, left = Disk(), []
+    save, record = Checkpoints.save, RecordWriter.write
+
+    def saved(self: Checkpoints, *arguments: Any) -> Path:
+        path = save(self, *arguments)
+        left.append(tmp_path / f"left-{len(left)}")
+        disk.leave(self.folder.parent.stat().st_ino, left[-1])
+        return path
+
+    monkeypatch.setattr(os, "fsync", disk.fsync)
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    monkeypatch.setattr(RecordWriter, "write", lambda self, data: time.sleep(0.01) or record(self, data))
+    whole, _ = run("whole", "checkpoint.every=2")
+    monkeypatch.undo()
+    assert len(left) == 1 + 6 + 3, "control: a checkpoint at the beginning, at every second step, and after every epoch"
+    for path in (left[1], left[3], left[8]):  # inside the first epoch, after it, and inside the last one
+        cut, recipe = RunDirectory.reopen(path)
+        assert any(cut.checkpoints.iterdir())
+        train(prepare(recipe), cut, resume=True)
+        assert same(whole, cut)
+        for kind in ("epoch", "probe", "test"):
+            assert without_times(whole.rows(kind)) == without_times(cut.rows(kind))
+        assert curves(whole) == curves(cut)
+    assert "lost rows" not in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_says_which_rows_it_counts_and_has_not(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    stop_at(monkeypatch, 15)  # in the third epoch
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    monkeypatch.undo()
+    cut, recipe = RunDirectory.reopen(tmp_path / "cut")
+    lines = cut.metrics.read_text().splitlines(keepends=True)
+    cut.metrics.write_text("".join(line for line in lines if '"epoch": 1' in line) + "\0\0\0\n")
+    train(prepare(recipe), cut, resume=True)
+    line = f"{cut.metrics} has lost rows (1 of epochs, from epoch 2 on, and 1 of probes, from step 8 on), as to a power cut: "
+    assert f"{line}curves have a gap there\n" in capsys.readouterr().out
+    assert [row["epoch"] for row in cut.rows("epoch")] == [1, 3]
+    assert cut.finished
 
 
 def test_a_stop_is_heeded_after_the_step_and_a_second_one_at_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

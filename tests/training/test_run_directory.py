@@ -109,6 +109,30 @@ def test_what_a_resumed_run_will_write_again_is_trimmed(tiny: Tiny, tmp_path: Pa
     assert [r["step"] for r in run.rows("probe")] == [0, 3]
 
 
+def test_rows_that_a_run_counts_and_has_not_are_told(tiny: Tiny, tmp_path: Path):
+    run = make(tiny, tmp_path / "run")
+    assert run.lost(0, 0, 4) == run.lost(0, 0, None) == ""
+    for epoch in (1, 2, 3):
+        run.log("probe", epoch=epoch, step=4 * epoch - 4)
+        run.log("epoch", epoch=epoch, step=4 * epoch)
+    assert run.lost(3, 12, 4) == run.lost(3, 9, 4) == run.lost(3, 12, None) == ""
+    assert run.lost(3, 13, 4) == "1 of probes, from step 12 on"
+    assert run.lost(5, 20, None) == "2 of epochs, from epoch 4 on"
+    assert run.lost(4, 20, 4) == "1 of epochs, from epoch 4 on, and 2 of probes, from step 12 on"
+
+
+@pytest.mark.parametrize("damage", [b"\0\0\0", b'{"kind": "epo\0\0', b"\xff\xfe", b"3", b"[]", b"{}", b""])
+def test_a_damaged_row_is_one_that_is_lost(tiny: Tiny, tmp_path: Path, damage: bytes):
+    run = make(tiny, tmp_path / "run")
+    for epoch in (1, 2, 3):
+        run.log("epoch", epoch=epoch, step=5 * epoch)
+    lines = run.metrics.read_bytes().split(b"\n")
+    run.metrics.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]))
+    assert run.lost(3, 15, None) == "1 of epochs, from epoch 2 on"
+    run.trim(3, 15)
+    assert run.metrics.read_bytes().split(b"\n") == [lines[0], lines[2], b""]
+
+
 def test_the_newest_run_of_a_recipe_and_seed_is_found(tiny: Tiny, in_tmp: Path):
     assert RunDirectory.newest("tiny", 0) is None
     for _ in range(11):
