@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
@@ -18,7 +17,7 @@ from fahooks.data.decoding import CorruptFile
 from fahooks.data.examples import Examples, Files, Images
 from fahooks.data.ffcv import library
 from fahooks.data.ffcv.beton import JPG, Beton, read
-from fahooks.data.ffcv.writing import FORMAT, Mode, Packing, sidecar, write
+from fahooks.data.ffcv.writing import FORMAT, Mode, Packing, is_whole, skipped, write
 from fahooks.data.loader import Loader, View
 from fahooks.data.order import Share
 from fahooks.data.threads import ThreadedStream, own_cores
@@ -90,10 +89,9 @@ class FfcvStream(ThreadedStream):
     def _corrupt(self, place: int) -> CorruptFile:
         """What is wrong with the example at `place`."""
         at, source = int(self.places[place]), self.examples.source
-        origin = f", from {source.paths[at]}," if isinstance(source, Files) else ""
-        if self.file.size[at]:
-            return CorruptFile(f"image {at}{origin} in {self.file.path} is damaged: remove that file, and it is written anew")
-        return CorruptFile(f"image {at}{origin} could not be decoded: replace or remove it")
+        if not self.file.size[at]:
+            return _absent(source, at)
+        return CorruptFile(f"{_image(source, at)} in {self.file.path} is damaged: remove that file, and it is written anew")
 
 
 @loaders.register(
@@ -159,15 +157,18 @@ class FfcvLoader(Loader):
         """Write the .beton file of `examples.source`, unless it is there.
 
         Raises:
-            CorruptFile: an image can not be decoded, and such are refused.
+            CorruptFile: an image can not be decoded, or could not when the file was written, and such are refused.
             InputError: the folder can not be written.
             Failed: writing failed midway, of a full disk for one.
         """
         source = examples.source
         path, digest = self.path(examples), self.hash(source)
-        if not _whole(path, digest):
+        if not is_whole(path, digest):
             packing = self._packing(source)
             write(path, examples.name, source, packing, digest=digest, workers=self.workers, corrupt=corrupt)
+        if corrupt == "refuse" and (absent := skipped(path)):  # when it was written they were not refused
+            more = f", and {len(absent) - 1:,} more" if len(absent) > 1 else ""
+            raise _absent(source, absent[0], more)
 
     def open(self, examples: Examples, view: View) -> FfcvStream:
         """A stream over `examples`.
@@ -188,13 +189,10 @@ class FfcvLoader(Loader):
         return self.packing if self.mode or isinstance(source, Images) else replace(self.packing, mode="jpg")
 
 
-def _whole(path: Path, digest: str) -> bool:
-    """Whether a file is there, is the one of that hash, and is as long as it was when it was written; else it is removed."""
-    try:
-        known = json.loads(sidecar(path).read_text())
-        if (path.stat().st_size, digest) == (known["bytes"], known["hash"]):
-            return True
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    path.unlink(missing_ok=True)
-    return False
+def _absent(source: Images | Files, at: int, more: str = "") -> CorruptFile:
+    """That there was no image at a place of the source when the .beton file was written."""
+    return CorruptFile(f"{_image(source, at)} could not be decoded{more}: replace or remove it")
+
+
+def _image(source: Images | Files, at: int) -> str:
+    return f"image {at}, from {source.paths[at]}," if isinstance(source, Files) else f"image {at}"

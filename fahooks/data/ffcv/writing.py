@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy
 import torch.nn.functional as F
@@ -111,7 +111,8 @@ def write(
 ) -> None:
     """Write `source` to `path`, with what is known of it in `path` + ".json".
 
-    Whatever ends it, SIGKILL too, `path` is whole or not there. A second process that writes the same file waits for the first.
+    Whatever ends it, SIGKILL too, `path` is whole or not there. A second process that writes the same file waits for the first,
+    and leaves what that one wrote; only who holds the file that others wait for removes one that is not whole.
 
     Arguments:
         path: the file; its folder is made.
@@ -136,21 +137,23 @@ def write(
             f"{path} can not be written ({error.strerror}): set data.loader_options.folder or data.root to a folder that can"
         ) from error
     with file:
-        if path.is_file():  # another process wrote it while this one waited
+        if is_whole(path, digest):  # another process wrote it while this one waited
             partial.unlink()
             return
         try:
+            path.unlink(missing_ok=True)  # now, as both may find no room
             with partial.open("w+b") as whole:
-                skipped = _write(whole, name, source, packing, workers, corrupt)
+                absent = _write(whole, name, source, packing, workers, corrupt)
                 whole.flush()
                 os.fsync(whole.fileno())
-                about = {"name": name, "images": len(source), "corrupt": skipped, "bytes": whole.tell(), "hash": digest}
+                about = {"name": name, "images": len(source), "corrupt": absent, "bytes": whole.tell(), "hash": digest}
             _replace(sidecar(path), json.dumps({"format": FORMAT, **about, **asdict(packing)}, indent=1) + "\n")
             partial.replace(path)
-        except OSError as error:
-            raise Failed(f"{path} could not be written: {error.strerror or error}") from error
-        finally:
+        except BaseException as error:  # not otherwise: what has this name once it has been renamed is another process's
             partial.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise Failed(f"{path} could not be written: {error.strerror or error}") from error
+            raise
 
 
 def _held(partial: Path) -> IO[bytes]:
@@ -174,6 +177,24 @@ def sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def is_whole(path: Path, digest: str) -> bool:
+    """Whether a file is there, is the one of that hash, and is as long as it was when it was written."""
+    try:
+        known = _known(path)
+        return (path.stat().st_size, digest) == (known["bytes"], known["hash"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def skipped(path: Path) -> list[int]:
+    """The places of the images of a whole file that could not be decoded when it was written."""
+    return _known(path)["corrupt"]
+
+
+def _known(path: Path) -> dict[str, Any]:
+    return json.loads(sidecar(path).read_text())
+
+
 def _write(
     file: IO[bytes], name: str, source: Images | Files, packing: Packing, workers: int, corrupt: Literal["refuse", "skip"]
 ) -> list[int]:
@@ -182,7 +203,7 @@ def _write(
     examples = numpy.zeros(count, EXAMPLE)
     examples["label"] = source.labels.numpy()
     allocated: list[tuple[int, int, int]] = []
-    skipped: list[int] = []
+    absent: list[int] = []
     end = -(-(METADATA_AT + examples.nbytes) // PAGE) * PAGE
     with _shown(name, count) as advance, closing_all(_packed(source, packing, workers, corrupt)) as packed:
         for place, image in enumerate(packed):
@@ -194,7 +215,7 @@ def _write(
                 file.write(image.data)
                 allocated.append((place, end, len(image.data)))
             else:
-                skipped.append(place)
+                absent.append(place)
             examples["image"][place] = (image.mode, image.width, image.height, end)
             end += len(image.data)
             advance(place + 1)
@@ -210,7 +231,7 @@ def _write(
     file.write(header.tobytes() + fields.tobytes() + examples.tobytes())
     file.seek(end)
     file.write(numpy.array(allocated, ALLOCATION).tobytes())
-    return skipped
+    return absent
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import os
 import threading
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from PIL import Image
 
 from fahooks.data import Augment, Batch, Examples, FfcvLoader, Files, Images, MemoryLoader, TorchvisionLoader, View, conformance
 from fahooks.data.decoding import CorruptFile, CorruptFileWarning
-from fahooks.data.ffcv import library
+from fahooks.data.ffcv import library, writing
+from fahooks.data.ffcv import loader as ffcv_loader
 from fahooks.plugins import InputError
 
 AUGMENTS = [
@@ -130,6 +132,46 @@ def test_a_file_that_was_cut_short_is_written_anew(tmp_path: Path, color: Images
         path.write_bytes(damaged)
         loader.prepare(examples)
         assert path.read_bytes() == whole
+
+
+def test_a_file_that_another_process_wrote_meanwhile_is_left_alone(
+    tmp_path: Path, color: Images, monkeypatch: pytest.MonkeyPatch
+):
+    """One process has just seen that the file is cut short, when another one, that saw it too, has written it anew."""
+    loader, examples = FfcvLoader(folder=str(tmp_path)), Examples("x/train", color, torch.arange(50))
+    loader.prepare(examples)
+    path = loader.path(examples)
+    path.write_bytes(path.read_bytes()[:1000])
+    asked: list[bool] = []
+    theirs: list[IO[bytes]] = []
+
+    def seen(*arguments: Any) -> bool:
+        asked.append(writing.is_whole(*arguments))
+        if len(asked) == 1:
+            loader.prepare(examples)
+            theirs.append(path.open("rb"))  # so that no other file has its number
+        return asked[0]
+
+    monkeypatch.setattr(ffcv_loader, "is_whole", seen)
+    loader.prepare(examples)
+    with theirs[0] as file:
+        assert os.path.samestat(os.fstat(file.fileno()), path.stat())
+    assert sorted(found.name for found in tmp_path.iterdir()) == [path.name, f"{path.name}.json"]
+
+
+def test_a_file_that_was_written_without_corrupt_images_is_refused_where_these_are(tmp_path: Path, photographs: Files):
+    for place in (9, 4, 5):
+        Path(photographs.paths[place]).write_bytes(b"nothing")
+    loader, examples = FfcvLoader(folder=str(tmp_path / "ffcv")), Examples("x/train", photographs, torch.arange(3))
+    loader.prepare(examples, corrupt="skip")
+    before = loader.path(examples).stat()
+    loader.prepare(examples, corrupt="skip")
+    for _ in range(2):  # as when it is written
+        with pytest.raises(
+            CorruptFile, match="^image 4, from .*4.jpg, could not be decoded, and 2 more: replace or remove it, or "
+        ):
+            loader.prepare(examples)
+    assert loader.path(examples).stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_a_file_that_is_not_there_is_refused_with_what_writes_it(tmp_path: Path, color: Images):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import importlib.machinery
 import importlib.util
 import os
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,11 +183,13 @@ class Slow(Images):
     def read(self, place):
         if place == 5:
             print("writing", flush=True)
-            while not Path(sys.argv[2]).exists():
+            for _ in range(3000):  # a minute, so that it ends where a test fails
+                if Path(sys.argv[2]).exists():
+                    break
                 time.sleep(0.02)
         return super().read(place)
 
-write(Path(sys.argv[1]), "x", Slow(torch.zeros(50, 3, 8, 8).byte(), torch.zeros(50).long()), Packing(), digest="", workers=1,
+write(Path(sys.argv[1]), "x", Slow(torch.zeros(50, 3, 8, 8).byte(), torch.zeros(50).long()), Packing(), digest="abc", workers=1,
       corrupt="refuse")
 """
 
@@ -209,13 +212,28 @@ def test_a_signal_leaves_no_half_file_and_the_next_one_writes_it(tmp_path: Path,
     assert sorted(found.name for found in tmp_path.iterdir()) == ["x", "x.json"]
 
 
-def test_a_second_writer_waits_for_the_first(tmp_path: Path):
+def held_by_another(monkeypatch: pytest.MonkeyPatch, then: Callable[[], object]) -> None:
+    """Do something once whoever asks for a file that is held is about to wait for it."""
+    flock, asked = fcntl.flock, []
+
+    def ask(file: Any, operation: int) -> None:
+        if not asked:
+            asked.append(file)
+            with pytest.raises(BlockingIOError):
+                flock(file, operation | fcntl.LOCK_NB)
+            then()
+        flock(file, operation)
+
+    monkeypatch.setattr(writing.fcntl, "flock", ask)
+
+
+def test_a_second_writer_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, enough = tmp_path / "x", tmp_path / "enough"
     command = [sys.executable, "-c", SLOW, str(path), str(enough)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
-        threading.Timer(1, enough.touch).start()
+        held_by_another(monkeypatch, enough.touch)
         written(path, Images(torch.ones(50, 3, 8, 8).byte(), torch.zeros(50).long()), Packing())
         assert process.wait(60) == 0
     assert numpy.all(read(path, channels=3).packed(0) == 0), "the first one's images were replaced"
@@ -241,18 +259,49 @@ def test_who_comes_too_late_to_write_leaves_nothing(tmp_path: Path, color: Image
     assert sorted(found.name for found in tmp_path.iterdir()) == ["x", "x.json"]
 
 
-def test_who_waited_for_one_that_failed_holds_the_file_that_is_there(tmp_path: Path):
+def test_who_waited_for_one_that_failed_holds_the_file_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     partial = tmp_path / "x.partial"
     first = writing._held(partial)
-    held: list[Any] = []
-    second = threading.Thread(target=lambda: held.append(writing._held(partial)))
-    second.start()
-    time.sleep(0.2)  # so that it waits for the first one's file
-    partial.unlink()
-    first.close()
-    second.join(20)
+
+    def fails() -> None:
+        partial.unlink()
+        first.close()
+
+    held_by_another(monkeypatch, fails)
+    second = writing._held(partial)
+    assert os.path.samestat(os.fstat(second.fileno()), partial.stat())
+    second.close()
+
+
+def test_who_has_written_leaves_the_file_that_the_next_one_holds(tmp_path: Path, color: Images, monkeypatch: pytest.MonkeyPatch):
+    partial, held = tmp_path / "x.partial", []
+    replace = Path.replace
+
+    def then_the_next_one(self: Path, target: Path) -> Path:
+        replaced = replace(self, target)
+        if self == partial:
+            held.append(writing._held(partial))
+        return replaced
+
+    monkeypatch.setattr(Path, "replace", then_the_next_one)
+    written(tmp_path / "x", color, Packing())
     assert os.path.samestat(os.fstat(held[0].fileno()), partial.stat())
     held[0].close()
+
+
+def test_a_file_of_that_name_that_is_not_whole_is_written_anew(tmp_path: Path, color: Images):
+    """Such as one that was cut short, or of which nothing is known."""
+    path = tmp_path / "x"
+    written(path, color, Packing())
+    whole, about = path.read_bytes(), sidecar(path).read_text()
+    for content, known in ((whole[:-1], about), (whole, "{}"), (whole, "[]"), (whole, ""), (whole, about.replace("abc", "abd"))):
+        path.write_bytes(content)
+        sidecar(path).write_text(known)
+        number = path.stat().st_ino
+        assert not writing.is_whole(path, "abc")
+        written(path, color, Packing())
+        assert (path.read_bytes(), sidecar(path).read_text()) == (whole, about)
+        assert writing.is_whole(path, "abc") and path.stat().st_ino != number
 
 
 def test_an_image_larger_than_a_page_is_written_and_read(tmp_path: Path):
