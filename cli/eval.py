@@ -40,4 +40,5 @@ def evaluate(run: Path, weights: Literal["best", "last"], overrides: tuple[str, 
     taken = "" if found.step is None else f" after step {found.step:,}"
     click.echo(f"{found.recipe.name}, {weights} weights{taken}, on {found.recipe.data.dataset}")
     for name, values in (("validation", found.validation), ("test", found.test)):
-        click.echo(f"{name:<10}  error {values['error']:.2f} %  loss {values['loss']:.4f}  of {values['images']:,} images")
+        images = f"{values['images']:,} images" + (f", {values['skipped']:,} skipped" if values["skipped"] else "")
+        click.echo(f"{name:<10}  error {values['error']:.2f} %  loss {values['loss']:.4f}  of {images}")

@@ -117,6 +117,11 @@ class Stream(ABC):
         """How many examples the split has, over all ranks."""
         return len(self.examples)
 
+    @property
+    def skipped(self) -> list[str]:
+        """What is wrong with each file that this stream skipped so far, sorted; those of other ranks may have skipped others."""
+        return sorted(self._skipped.copy())  # while threads may add to it
+
     def __len__(self) -> int:
         """How many batches an epoch has, the same on every rank."""
         return -(-self.images // self.view.batch_size)

@@ -159,13 +159,15 @@ def _finished_line(recipe: Recipe, run: RunDirectory) -> str:
 
 
 def final_line(recipe: Recipe, result: Result, run: RunDirectory) -> str:
-    """What a run ends with: test error, best epoch, wall time, run directory."""
+    """What a run ends with: test error, best epoch, wall time, run directory, and how many images were skipped."""
     minutes, seconds = divmod(round(result.seconds), 60)
     published = _published(recipe)
+    images = len(run.skipped)
+    skipped = f"; {images:,} of its images can not be decoded: see skipped.txt there" if images else ""
     paper = "" if published is None else f" (paper: {published:g} %)"
     return (
         f"{recipe.name}: test error {result.test_error:.2f} %{paper}, best epoch {result.best_epoch} "
-        f"(validation error {result.validation_error:.2f} %), {minutes} min {seconds} s, in {run.path}"
+        f"(validation error {result.validation_error:.2f} %), {minutes} min {seconds} s, in {run.path}{skipped}"
     )
 
 

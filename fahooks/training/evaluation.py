@@ -10,6 +10,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fahooks.data import Stream
 from fahooks.plugins import InputError
 from fahooks.recipe import Recipe, load, read_file
 from fahooks.training import checkpoint
@@ -36,7 +37,8 @@ class Evaluation:
         recipe: of the run, on the images that were evaluated.
         weights: which of its weights.
         step: optimizer steps that the last weights had taken; None for the best ones.
-        validation: loss (mean cross-entropy), error (percent) and valid images of the validation split.
+        validation: loss (mean cross-entropy), error (percent), valid images, and images that were skipped, of the validation
+            split.
         test: the same of the test set.
     """
 
@@ -87,8 +89,14 @@ def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str]
         raise InputError(f"{error.fault}; {advice}") from error
     step = _load(run, weights, setup, trained)
     with setup.train, setup.validation, setup.test:
-        validation, test = measure(setup, setup.validation, "validation"), measure(setup, setup.test, "test")
+        validation, test = _measured(setup, setup.validation, "validation"), _measured(setup, setup.test, "test")
     return Evaluation(setup.recipe, weights, step, validation, test)
+
+
+def _measured(setup: Setup, stream: Stream, name: str) -> dict[str, float]:
+    """What `measure` finds, and how many images of the split it did not, since they can not be decoded."""
+    found = measure(setup, stream, name)
+    return {**found, "skipped": stream.images - found["images"]}
 
 
 def _statistics(trained: Recipe) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from fahooks.probes import Probe
 from fahooks.rules import IGNORED
 from fahooks.training import checkpoint
 from fahooks.training.checkpoint import Checkpoints, Progress
-from fahooks.training.distributed import any_rank, rank, share_buffers, total, world
+from fahooks.training.distributed import any_rank, of_every_rank, rank, share_buffers, total, world
 from fahooks.training.divergence import origin
 from fahooks.training.failures import recorded
 from fahooks.training.progress import Display
@@ -115,12 +115,21 @@ class Sitting:
         """
         if any_rank(not _finite(self.setup.model)):
             raise Diverged(f"a weight, or a running statistic, was infinite or not a number after step {self.progress.step}")
+        self.record_skipped()
         if self.board is not None:
             self.board.flush()  # or a kill would take events of steps that are not taken again
             self.run.sync()
         self.progress.seconds = time.perf_counter() - self.begun
         self.checkpoints.save(self.setup.parts, self.progress, self.run.best)
         self.saved = time.perf_counter()
+
+    def record_skipped(self) -> None:
+        """Leave in skipped.txt which images were skipped that can not be decoded, by whichever process."""
+        if self.setup.recipe.data.corrupt == "refuse":
+            return
+        streams = {"train": self.setup.train, "validation": self.setup.validation, "test": self.setup.test}
+        met = of_every_rank([f"{split}: {what}" for split, stream in streams.items() for what in stream.skipped])
+        self.run.skip({image for images in met for image in images})
 
 
 def train(
@@ -201,6 +210,7 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
         checkpoint.load_weights(run.best, setup.evaluated)
         best = final if progress.best_epoch == progress.epoch else evaluate(setup, setup.test, "test", stop)
         run.log("test", weights="best", epoch=progress.best_epoch, **best)
+        sitting.record_skipped()
         run.summarise()
         _to_board(board, best, progress.step)
     return Result(best["test_error"], progress.best_epoch, progress.best_error, final["test_error"], progress.seconds)

@@ -1,8 +1,9 @@
 """The run directory: what a run leaves on disk, enough to re-run, resume and report it.
 
 recipe.yaml as given, resolved.yaml with every default, env.json, layers.json (the conversion report), metrics.jsonl, summary.csv
-(a row an epoch), tb/ for TensorBoard, checkpoints/, best.safetensors, status.json, and once it is finished plots.png; failure.txt
-where a fault of the program ended it; and .lock, which the process that trains holds.
+(a row an epoch), tb/ for TensorBoard, checkpoints/, best.safetensors, status.json, and once it is finished plots.png; skipped.txt
+where images were skipped that can not be decoded; failure.txt where a fault of the program ended it; and .lock, which the process
+that trains holds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,6 +53,7 @@ class RunDirectory:
         self.tensorboard = path / "tb"
         self.plots = path / "plots.png"
         self.failure = path / "failure.txt"
+        self.skips = path / "skipped.txt"
         self.lock = path / LOCK
 
     @classmethod
@@ -193,6 +195,17 @@ class RunDirectory:
     def rows(self, kind: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of one kind, in order."""
         return [row for row in self._rows() if row["kind"] == kind]
+
+    @property
+    def skipped(self) -> list[str]:
+        """What skipped.txt says, a line an image that was skipped since it can not be decoded: its split, and what is wrong."""
+        return self.skips.read_text(encoding="utf-8").splitlines() if self.skips.is_file() else []
+
+    def skip(self, images: Iterable[str]) -> None:
+        """Add images to skipped.txt that are not in it, as `skipped` has them."""
+        before = self.skipped
+        if not set(images) <= set(before):
+            self.write(self.skips.name, "".join(f"{line}\n" for line in sorted({*before, *images})))
 
     def sync(self) -> None:
         """Bring what was logged to the disk, for TensorBoard too: a checkpoint that is written then counts no row that is lost.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fahooks.data import Stream
 from fahooks.data.memory import MemoryStream
@@ -60,6 +61,20 @@ def run(tmp_path: Path) -> Callable[..., tuple[RunDirectory, Result]]:
         return directory, train(setup, directory)
 
     return go
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> tuple[str, ...]:
+    """Overrides that make a recipe learn from a folder of 40 images, of which it skips 0, 8, 16, 24 and 32, which are damaged."""
+    for number in range(40):
+        file = tmp_path / "mine" / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 100 + 5 * number).save(file)
+        if number % 8 == 0:
+            file.write_bytes(b"damaged")
+    options = "data.dataset_options={path: mine, size: 8, channels: 1, test: 0.5}"
+    changes = ("data.validation=10", "data.limit=null", "data.corrupt=skip")
+    return ("data.dataset=imagefolder", options, f"data.root={tmp_path}", *changes)
 
 
 @pytest.fixture(autouse=True)

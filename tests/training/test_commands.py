@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,40 @@ def test_the_final_line_has_test_error_paper_epoch_time_and_place():
     result = Result(test_error=1.234, best_epoch=7, validation_error=1.5, final_test_error=2.0, seconds=125.4)
     line = commands.final_line(load("mnist/fa"), result, RunDirectory(Path("runs/x")))
     assert line == ("mnist/fa: test error 1.23 % (paper: 1.1 %), best epoch 7 (validation error 1.50 %), 2 min 5 s, in runs/x")
+
+
+@pytest.mark.filterwarnings("ignore::fahooks.data.decoding.CorruptFileWarning")
+@pytest.mark.parametrize("loader", ["memory", "torchvision"])
+def test_a_run_leaves_a_list_of_the_images_that_it_skipped(
+    damaged: tuple[str, ...], loader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Those too that only a sitting before met."""
+    changes = (*SMALL, *damaged, "data.batch_size=2", f"data.loader={loader}")
+    run, taken = RunDirectory(tmp_path / "run"), []
+    take_step = loop.take_step
+
+    def stopped(*arguments: Any) -> Any:
+        taken.append(1)
+        if len(taken) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return take_step(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "take_step", stopped)
+        commands.start("quickstart", changes, run.path)
+    assert run.skipped, "the next sitting may not meet the same images"
+    line = commands.resume(run.path)
+    assert line.endswith(f"in {run.path}; 5 of its images can not be decoded: see skipped.txt there")
+    assert commands.resume(run.path) == f"{line}: finished, there is nothing to do"
+    splits, said = zip(*(text.split(": ", 1) for text in run.skipped), strict=True)
+    assert set(splits) == {"train", "validation", "test"} and run.skipped == sorted(run.skipped)
+    found = [re.search(r"/(\d+)[.]png can not be decoded .*: replace or remove it$", text) for text in said]
+    assert sorted(int(match[1]) for match in found if match) == [0, 8, 16, 24, 32]
+
+
+def test_a_run_that_skips_nothing_leaves_no_list(in_tmp: Path):
+    commands.start("quickstart", (*SMALL, "data.corrupt=skip"), Path("a"))
+    assert not Path("a/skipped.txt").exists()
 
 
 def test_the_final_line_has_no_number_of_the_paper_where_it_left_the_cell_blank():

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from PIL import Image
 
 from fahooks.data import Examples, View
 from fahooks.data.decoding import CorruptFileWarning
@@ -58,20 +57,13 @@ def test_an_average_of_the_weights_is_what_is_evaluated(tmp_path: Path):
         assert evaluate_run(tmp_path / "run", weights).test["error"] == error
 
 
-def test_images_that_are_skipped_do_not_count(tmp_path: Path):
-    for number in range(40):
-        file = tmp_path / "mine" / "ab"[number % 2] / f"{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (8, 8), 100 + 5 * number).save(file)
-        if number % 8 == 0:
-            file.write_bytes(b"damaged")
-    options = "data.dataset_options={path: mine, size: 8, channels: 1, test: 0.5}"
-    files = ("data.dataset=imagefolder", options, f"data.root={tmp_path}", "data.validation=10", "data.limit=null")
+def test_images_that_are_skipped_do_not_count(damaged: tuple[str, ...], tmp_path: Path):
     with pytest.warns(CorruptFileWarning):
-        commands.start("quickstart", (*SMALL, *files, "data.corrupt=skip", "train.epochs=1"), tmp_path / "run")
+        commands.start("quickstart", (*SMALL, *damaged, "train.epochs=1"), tmp_path / "run")
         found = evaluate_run(tmp_path / "run")
         setup = prepare(load(read_file(tmp_path / "run" / "resolved.yaml")))
         assert found.test["images"] == sum(int(batch.valid.sum()) for batch in setup.test) < setup.test.images
+    assert found.test["skipped"] == setup.test.images - found.test["images"] == len(setup.test.skipped)
 
 
 def test_other_images_are_normalised_as_those_that_were_trained_on(trained: Path):
