@@ -6,6 +6,7 @@ mapped is another error.
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -22,8 +23,17 @@ IMPORTED = (sklearn.datasets.load_digits, figures, commands)
 
 
 def limit(mib: int) -> None:
-    """Let this process have no more than `mib` MiB of addresses beside those that it has."""
+    """Let this process have no more than `mib` MiB beside what it has in use.
+
+    Training keeps a heap of 2 GiB of addresses: what is free in it is taken.
+    """
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    malloc = ctypes.CDLL(None).malloc
+    malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    for block in (2**24, 2**20, 2**16):
+        while malloc(block):
+            pass
     resource.setrlimit(resource.RLIMIT_AS, (size + mib * 2**20, resource.RLIM_INFINITY))
 
 
