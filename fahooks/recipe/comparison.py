@@ -30,8 +30,8 @@ def differences(
 
 
 def _leaves(value: Any, at: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Every value that is no section, with its key."""
-    if isinstance(value, dict | list) and value:
+    """Every value that is no section, with its key; of a section without keys there is nothing to say."""
+    if isinstance(value, dict) or (isinstance(value, list) and value):
         for part, child in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(child, (*at, part))
     else:

@@ -12,7 +12,10 @@ from fahooks.plugins import InputError
 from fahooks.recipe import Recipe
 from fahooks.recipe.comparison import differences
 
-FREE = ("name", "summary", "paper", "checkpoint", "data.root", "data.download", "train.distributed")
+PLACES = ("data.root", "data.download", "data.dataset_options.path", "data.loader_options.folder", "data.loader_options.workers")
+"""Keys that say where the images of a run lie, and who fetches them, not which they are."""
+
+FREE = ("name", "summary", "paper", "checkpoint", "train.distributed", *PLACES)
 """Keys of a recipe that have no part in what a run computes: they may change before it goes on."""
 
 

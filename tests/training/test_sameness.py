@@ -113,7 +113,12 @@ def test_it_is_decided_for_every_key_of_a_recipe_whether_it_may_change():
 
 # Options too, which the schema does not know.
 @pytest.mark.parametrize(
-    ("key", "may_change"), [*MAY_CHANGE.items(), *((f"{name}.option", False) for name in ("model", "feedback", "hooks"))]
+    ("key", "may_change"),
+    [
+        *MAY_CHANGE.items(),
+        *((f"{name}.option", False) for name in ("model", "feedback", "hooks", "data.dataset_options", "data.loader_options")),
+        *((name, True) for name in ("data.dataset_options.path", "data.loader_options.folder", "data.loader_options.workers")),
+    ],
 )
 def test_a_run_goes_on_with_another_value_of_a_key_or_not(key: str, may_change: bool):
     paper = {"table": 1, "row": "FA", "column": "mnist", "error": 1.0}
