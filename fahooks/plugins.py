@@ -288,6 +288,11 @@ def load_plugins() -> None:
             )
 
 
+def escaped(text: str) -> str:
+    """`text` as one line, with escapes for what can not be printed, such as names of files that are no UTF-8."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """A clause for an error message with the known names closest to `name`, one alone that differs in case only; else empty."""
     known = list(known)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fahooks.plugins import InputError
+from fahooks.plugins import InputError, escaped
 
 
 class CorruptFile(InputError):
@@ -19,7 +19,7 @@ class CorruptFile(InputError):
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
-        self.what = what
+        self.what = escaped(what)
 
     def __str__(self) -> str:
         return f"{self.what}, or leave such files out with data.corrupt=skip"

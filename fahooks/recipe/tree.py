@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from fahooks.plugins import escaped
+
 Key = tuple[str | int, ...]
 
 # A line about a problem may quote what a stranger wrote.
@@ -77,10 +79,7 @@ def dotted(key: Key) -> str:
 
 def printable(text: str) -> str:
     """`text` as one line, with escapes for what can not be printed, shortened to 1,000 characters."""
-    text = text if len(text) <= LINE else f"{text[: LINE - 3]}..."
-    if text.isprintable():
-        return text
-    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    text = escaped(text if len(text) <= LINE else f"{text[: LINE - 3]}...")
     return text if len(text) <= LINE else f"{text[: LINE - 3]}..."
 
 

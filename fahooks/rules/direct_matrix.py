@@ -62,7 +62,7 @@ class DirectMatrix(nn.Module):
             channels_last: whether the units, of which each has a row of the dense B, are numbered position by position, as they
                 then lie in memory, and not channel by channel.
             turned: whether they lie position by position though they are numbered channel by channel, as in
-                `torch.channels_last`. It is B that is turned, which is smaller than the signals of a batch.
+                `torch.channels_last`. B is turned, or the signals, whichever are fewer numbers.
 
         Returns:
             The signal for the layer's input, of that shape.
@@ -75,20 +75,21 @@ class DirectMatrix(nn.Module):
             summed = error.sum(2) @ self._kept(error, shape).t()
             return summed.unsqueeze(2).expand(shape)
         flat = error.reshape(samples, -1)
+        by_position = channels_last
         if self.feedback == "dense":
             matrix = self._kept(error, shape)
-            if turned:
-                matrix = matrix.view(channels, positions, -1).transpose(0, 1).reshape(matrix.shape)
+            if turned and flat.shape[1] < samples:
+                matrix, by_position = matrix.view(channels, positions, -1).transpose(0, 1).reshape(matrix.shape), True
             signal = flat @ matrix.t()
         else:
             self._check_sizes(error, shape)
             signal = flat.new_empty(samples, channels * positions)
             for start, stop, rows in self._slices(error, shape, error.device):
                 torch.matmul(flat, rows.to(flat.dtype).t(), out=signal[:, start:stop])
-            if turned:
-                signal = signal.view(shape).transpose(1, 2).contiguous()
-        by_position = channels_last or turned
-        return signal.view(samples, positions, channels).transpose(1, 2) if by_position else signal.view(shape)
+        if by_position:
+            return signal.view(samples, positions, channels).transpose(1, 2)
+        signal = signal.view(shape)
+        return signal.transpose(1, 2).contiguous().transpose(1, 2) if turned else signal
 
     def prepare(self, error: Tensor, shape: torch.Size) -> None:
         """Draw the matrix if it is to be kept and was not drawn yet; of an error only its sizes, dtype and device are read."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Literal
@@ -52,6 +53,16 @@ def test_any_image_gets_the_channels_asked_for(tmp_path: Path, mode: str, name: 
         path = saved(tmp_path / name, mode=mode)
     image = decode(path, channels)
     assert (image.shape, image.dtype) == ((channels, 20, 30), torch.uint8)
+
+
+def test_what_is_wrong_is_one_line_that_can_be_written_whatever_the_name_of_the_file(tmp_path: Path):
+    file = tmp_path / os.fsdecode(b"a\n\xff\xe2\x80\xa8b.png")
+    file.write_bytes(b"damaged")
+    with pytest.raises(CorruptFile) as error:
+        decode(str(file))
+    what = error.value.what
+    assert what.startswith(f"{tmp_path}/a\\n\\udcff\\u2028b.png can not be decoded"), "control: names are said as they are"
+    assert what.splitlines() == [what] and what.encode()
 
 
 def test_the_advice_is_given_once_also_by_another_process(tmp_path: Path):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fahooks
 from fahooks.plugins import InputError
@@ -23,6 +24,20 @@ SOURCE = (2, 4, 2)
 
 def matrix(feedback: str = "dense", seed: int = 0, **options: Any) -> DirectMatrix:
     return DirectMatrix(seed, feedback=feedback, **{"init": "fan_out", "distribution": "normal", "gain": 1.0, **options})
+
+
+class Copies(TorchDispatchMode):
+    """How many numbers every copy has that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.clone.default:
+            self.sizes.append(made.numel())
+        return made
 
 
 def values_of(drawn: DirectMatrix) -> Tensor:
@@ -50,14 +65,25 @@ def test_dense_sends_every_value_of_the_source_to_every_unit() -> None:
     assert not torch.allclose(signal, matrix(seed=1)(error, SHAPE)), "control: every seed draws the same"
 
 
+@pytest.mark.parametrize("samples", [2, 9])
 @pytest.mark.parametrize("feedback", ["dense", "seeded", "channel"])
-def test_a_signal_that_lies_otherwise_in_memory_is_the_same(feedback: str) -> None:
-    error = torch.randn(SOURCE).double()
-    signal, turned = (matrix(feedback)(error, SHAPE, turned=turned) for turned in (False, True))
+def test_a_signal_that_lies_otherwise_in_memory_is_the_same(feedback: str, samples: int) -> None:
+    shape, error = torch.Size((samples, *SHAPE[1:])), torch.randn(samples, *SOURCE[1:]).double()
+    signal, turned = (matrix(feedback)(error, shape, turned=turned) for turned in (False, True))
     torch.testing.assert_close(turned, signal)
     assert signal.std() > 0.1
     if feedback != "channel":  # whose positions share one number
         assert signal.is_contiguous() and turned.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(("samples", "copied"), [(2, "the signals"), (9, "B")])
+def test_the_smaller_one_of_matrix_and_signals_is_turned(samples: int, copied: str) -> None:
+    dense, shape = matrix(), torch.Size((samples, *SHAPE[1:]))
+    error = torch.randn(samples, *SOURCE[1:])
+    dense(error, shape)
+    with Copies() as copies:
+        dense(error, shape, turned=True)
+    assert copies.sizes == [{"the signals": shape.numel(), "B": values_of(dense).numel()}[copied]]
 
 
 def test_channel_is_the_dense_matrix_with_entries_tied_over_positions() -> None:
