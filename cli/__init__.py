@@ -52,7 +52,11 @@ class LazyGroup(click.Group):
     def main(self, *args: Any, **options: Any) -> Any:
         """Run as a program, whatever becomes of those who read what it prints."""
         with readers_may_leave():
-            return super().main(*args, **options)
+            try:
+                return super().main(*args, **options)
+            except Failed as error:  # of `--help`, which no command has yet been invoked for
+                click.echo(f"fahooks: {error}", err=True)
+                sys.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All command names, sorted."""
@@ -89,7 +93,7 @@ class LazyGroup(click.Group):
             except click.exceptions.NoArgsIsHelpError:
                 raise
             except click.UsageError as error:
-                command = error.ctx.command_path if error.ctx else ctx.command_path
+                command = error.ctx.command_path if error.ctx else f"{ctx.command_path} {ctx.invoked_subcommand or ''}".rstrip()
                 raise Refusal(f"{_worded(error)}; `{command} --help` lists what it takes") from error
             except InputError as error:
                 raise Refusal(str(error)) from error

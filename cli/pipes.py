@@ -1,7 +1,8 @@
-"""Pipes: a reader such as `head` may leave when it has seen enough, and the command goes on to its end."""
+"""Where output goes: a reader such as `head` may leave, and the command goes on to its end; a disk may be full."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -9,18 +10,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from fahooks.plugins import Failed
+
 
 class Unread(io.FileIO):
-    """A file descriptor that takes what nobody reads any more, and drops it."""
+    """A file descriptor that takes what nobody reads any more, and drops it.
+
+    Arguments:
+        descriptor: the descriptor, which stays open.
+        terminal: whether it is a terminal, which may be closed.
+    """
+
+    def __init__(self, descriptor: int, *, terminal: bool) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.gone = (errno.EPIPE, errno.EIO) if terminal else (errno.EPIPE,)
 
     def write(self, data: Any, /) -> int | None:
-        """Write to the descriptor; from the first time on that its reader is gone, to nowhere."""
+        """Write to the descriptor; from the first time on that its reader is gone, or the disk full, to nowhere.
+
+        Raises:
+            Failed: it can not be written, for another reason than that nobody reads it.
+        """
+        if not len(data):  # so click asks whether it takes bytes
+            return 0
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
+            if error.errno not in self.gone:
+                raise Failed(f"what is printed can not be written: {error.strerror}") from error
             return super().write(data)
 
 
@@ -49,7 +69,7 @@ def _is_standard(name: str) -> bool:
 
 
 def _tolerant(stream: io.TextIOWrapper) -> TextIO:
-    raw = Unread(stream.fileno(), "w", closefd=False)
+    raw = Unread(stream.fileno(), terminal=stream.isatty())
     return io.TextIOWrapper(
         raw if stream.write_through else io.BufferedWriter(raw),  # pyright: ignore[reportArgumentType]
         encoding=stream.encoding,

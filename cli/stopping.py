@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import click
 
@@ -31,11 +32,8 @@ def importing() -> Iterator[None]:
         os.write(2, b"fahooks: stopped\n")
         os._exit(130)
 
-    before = signal.signal(signal.SIGINT, leave)
-    try:
+    with _handled(signal.SIGINT, leave):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -45,11 +43,23 @@ def stoppable(otherwise: str = "stopped before the run began") -> Iterator[None]
     Arguments:
         otherwise: the line where what was stopped has none.
     """
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with _handled(signal.SIGTERM, signal.default_int_handler):
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            click.echo(f"fahooks: {str(stop) or otherwise}", err=True)
+            sys.exit(130)
+
+
+@contextmanager
+def _handled(number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle a signal in the block, unless whoever started the process has it ignored, as a shell does for the background."""
+    before = signal.getsignal(number)
+    if before in (signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(number, handler)
     try:
         yield
-    except KeyboardInterrupt as stop:
-        click.echo(f"fahooks: {str(stop) or otherwise}", err=True)
-        sys.exit(130)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)

@@ -29,7 +29,8 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if processes > gpus:  # NCCL has one process a GPU
+    one_each = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # maybe: whoever started them shows each its own
+    if processes > gpus and not one_each:  # NCCL has one process a GPU
         what = f"torchrun started {processes} processes here, and there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'}"
         raise InputError(f"{what}: start one for each (--nproc-per-node {gpus}), or use train.device=cpu")
     return torch.device("cuda", torch.cuda.current_device())

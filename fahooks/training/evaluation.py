@@ -83,7 +83,7 @@ def evaluate_run(path: Path, weights: Weights = "best", overrides: Sequence[str]
     here = {"data": trained.data.model_copy(update={key: getattr(asked.data, key) for key in WHERE}), "train": asked.train}
     own = trained.model_copy(update=here)
     try:
-        setup = prepare(asked, None if own.data == asked.data else open_streams(asked, normalised_by=_statistics(own)))
+        setup = prepare(asked, None if own.data == asked.data else open_streams(asked, normalised_by=_statistics(trained, own)))
     except UnfitModel as error:
         advice = f"name images like those that it was trained on, {trained.data.dataset}"
         raise InputError(f"{error.fault}; {advice}") from error
@@ -99,10 +99,14 @@ def _measured(setup: Setup, stream: Stream, name: str) -> dict[str, float]:
     return {**found, "skipped": stream.images - found["images"]}
 
 
-def _statistics(trained: Recipe) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of the images that `trained` learned from."""
+def _statistics(trained: Recipe, moved: Recipe) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of the images that `trained` learned from, there or where they `moved` to."""
     try:
-        return divide(trained, load_dataset(trained)).train.statistics(trained.data.corrupt)
+        try:
+            dataset = load_dataset(trained)
+        except InputError:
+            dataset = load_dataset(moved)
+        return divide(trained, dataset).train.statistics(trained.data.corrupt)
     except InputError as error:
         raise InputError(f"images are normalised as those that were trained on, and of these {error}") from error
 

@@ -13,9 +13,8 @@ import torch
 
 from fahooks.plugins import Failed, InputError
 from fahooks.training.distributed import fails_first, somebody_failed
-from fahooks.training.run_directory import RunDirectory
+from fahooks.training.run_directory import FULL, RunDirectory
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 # What RuntimeErrors say where there is no memory left: torch and its libraries, of the host and of a GPU.
 NO_MEMORY = (

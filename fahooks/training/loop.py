@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -219,7 +220,8 @@ def _train(setup: Setup, run: RunDirectory, resume: bool, console: Console, stop
 def _explained(sitting: Sitting, error: Diverged) -> Diverged:
     """The error, with the step, the layer and the pass that it came from, which one process alone can find."""
     last, newest = sitting.progress.step, f"{sitting.checkpoints.paths()[0]}, the last checkpoint"
-    lower = f"fahooks train {sitting.run.path / 'resolved.yaml'} --set optim.lr={sitting.setup.recipe.optim.lr / 10:g}"
+    recipe = shlex.quote(str(sitting.run.path / "resolved.yaml"))
+    lower = f"fahooks train {recipe} --set optim.lr={sitting.setup.recipe.optim.lr / 10:g}"
     anew = f"start anew with a lower optim.lr, as by `{lower}`, or with train.clip_norm"
     if world() > 1:
         return Diverged(f"{error}: resumed in one process, from {newest}, the run says which layer it came from; {anew}")

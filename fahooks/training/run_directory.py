@@ -9,6 +9,7 @@ that trains holds.
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -21,11 +22,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, NoReturn
 
 import torch
 
-from fahooks.plugins import InputError
+from fahooks.plugins import Failed, InputError
 from fahooks.recipe import Recipe, Source, load, read_file, read_plain
 from fahooks.report.liveness import LOCK, this_process
 from fahooks.training.resolution import with_data
@@ -33,8 +34,11 @@ from fahooks.training.resolution import with_data
 LOSSES = ["train_loss", "train_error", "validation_loss", "validation_error", "test_error"]
 RUNS = Path("runs")
 PARTIAL = ".partial"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a run may have left that was killed before resolved.yaml, which comes last, made it one to go on with.
 BARELY_BEGUN = {LOCK, *(name + end for name in ("recipe.yaml", "env.json") for end in ("", PARTIAL)), f"resolved.yaml{PARTIAL}"}
+# The kinds of rows in metrics.jsonl, and what each must have.
+ROWS = (("epoch", "epoch", int), ("probe", "step", int), ("test", "weights", str))
 COLUMNS = ["epoch", "step", "lr", *LOSSES, "images_per_second", "seconds"]
 
 
@@ -77,6 +81,7 @@ class RunDirectory:
 
         Raises:
             InputError: `out` holds something already or can not be written.
+            Failed: there is no room for it.
         """
         run = cls(fresh_directory(out, recipe.name, text=source.text))
         try:
@@ -84,7 +89,7 @@ class RunDirectory:
             run.write("env.json", _json({**_environment(source, overrides), "choices": dict(choices or {})}))
             run.write("resolved.yaml", recipe.as_yaml())
         except OSError as error:
-            raise InputError(f"{str(run.path)!r} can not be written: {error.strerror}") from error
+            _refuse(error, f"{str(run.path)!r} can not be written")
         return run
 
     @classmethod
@@ -359,11 +364,19 @@ def fresh_directory(out: Path | None, name: str, *, text: str = "") -> Path:
 
     Raises:
         InputError: `out` holds something already or can not be written.
+        Failed: there is no room for it.
     """
     try:
         return _numbered(RUNS, name) if out is None else _claimed(out, text)
     except OSError as error:
-        raise InputError(f"the folder {str(out or Path('runs') / name)!r} can not be made: {error.strerror}") from error
+        _refuse(error, f"the folder {str(out or Path('runs') / name)!r} can not be made")
+
+
+def _refuse(error: OSError, what: str) -> NoReturn:
+    """Say that there is no room, which is no fault of the input, or that it names a place which can not be used."""
+    if error.errno in FULL:
+        raise Failed(f"{what}: {error.strerror}; make room, then give the same command again") from error
+    raise InputError(f"{what}: {error.strerror}") from error
 
 
 def _numbered(parent: Path, name: str) -> Path:
@@ -420,7 +433,8 @@ def _row(line: str) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and "kind" in row else None
+    known = isinstance(row, dict) and any(row.get("kind") == kind and isinstance(row.get(by), of) for kind, by, of in ROWS)
+    return row if known else None
 
 
 def _finite(value: Any) -> Any:

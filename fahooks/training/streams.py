@@ -155,9 +155,14 @@ def training_view(
     """How `recipe` looks at the images that it trains on, by default normalised by their own mean and standard deviation.
 
     Raises:
-        InputError: a file can not be decoded.
+        InputError: a file can not be decoded, or what they are to be normalised by has another number of channels.
     """
     mean, std = normalised_by or examples.statistics(recipe.data.corrupt)
+    if len(mean) != examples.shape[0]:
+        channels = f"{examples.shape[0]} {'channel' if examples.shape[0] == 1 else 'channels'}"
+        raise InputError(
+            f"{examples.name} has images of {channels}, and they are normalised as images of {len(mean)}: name others like those"
+        )
     return View(
         batch_size=recipe.data.batch_size,
         training=True,

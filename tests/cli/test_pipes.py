@@ -40,6 +40,20 @@ def test_a_command_that_nobody_reads_ends_as_it_would(arguments: list[str], unbu
     assert (done.returncode, done.stderr) == (code, said)
 
 
+@pytest.mark.parametrize(
+    "arguments", [["ls", "rules"], ["show", "mnist/fa"], ["--help"], ["convert", "paper/mnist"]], ids=" ".join
+)
+@pytest.mark.parametrize("unbuffered", ["1", ""], ids=["unbuffered", "buffered"])
+def test_what_can_not_be_written_is_one_line(arguments: list[str], unbuffered: str):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*FAHOOKS, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment
+        )
+    said = "fahooks: what is printed can not be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 def test_without_it_the_command_fails():
     """The control."""
     program = "import rich.console\nrich.console.Console().print('x')"
@@ -49,4 +63,16 @@ def test_without_it_the_command_fails():
 def test_a_run_that_nobody_reads_is_trained_to_its_end(tmp_path: Path):
     done = unread(*FAHOOKS, "train", "quickstart", *SMALL, "--out", "here", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "here" / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a closed terminal does is the kernel's to say")
+def test_a_run_outlives_its_terminal(tmp_path: Path):
+    window, terminal = os.openpty()
+    command = [*FAHOOKS, "train", "quickstart", *SMALL, "--out", "here"]
+    run = subprocess.Popen(command, stdout=terminal, stderr=terminal, cwd=tmp_path)
+    os.close(terminal)
+    assert os.read(window, 1), "it has begun"
+    os.close(window)
+    assert run.wait(100) == 0
     assert json.loads((tmp_path / "here" / "status.json").read_text())["state"] == "finished"

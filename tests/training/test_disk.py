@@ -52,6 +52,13 @@ def test_a_disk_without_room_for_a_checkpoint_is_found_out_before_the_first_step
     assert run.finished
 
 
+def test_a_disk_without_room_for_the_run_itself_is_a_failure_too(tmp_path: Path):
+    with files_at_most(16):
+        line = one_line(fahooks("train", "quickstart", *SMALL, "--out", tmp_path / "run"))
+    assert line == f"fahooks: '{tmp_path}/run' can not be written: File too large; make room, then give the same command again"
+    assert fahooks("train", "quickstart", *SMALL, "--out", tmp_path / "run").exit_code == 0
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 3 MiB, which root can mount."""

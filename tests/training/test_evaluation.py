@@ -12,6 +12,7 @@ import yaml
 
 from fahooks.data import Examples, View
 from fahooks.data.decoding import CorruptFileWarning
+from fahooks.data.ffcv import library
 from fahooks.data.memory import MemoryLoader
 from fahooks.plugins import InputError
 from fahooks.recipe import load, read_file
@@ -76,6 +77,26 @@ def test_other_images_are_normalised_as_those_that_were_trained_on(trained: Path
     assert other.test["loss"] == pytest.approx(torch.stack(losses).sum().item() / 360, rel=1e-6)
     few = prepare(load(str(trained / "resolved.yaml"), ("data.limit=40",)))
     assert not torch.equal(few.test.mean, own.test.mean), "control: the other images have statistics of their own"
+
+
+def test_other_images_may_lie_elsewhere_than_those_that_were_trained_on(damaged: tuple[str, ...], tmp_path: Path):
+    theirs = Path(shutil.copytree(tmp_path / "mine", tmp_path / "elsewhere" / "theirs"))
+    overrides = (f"data.root={theirs.parent}", f"data.dataset_options.path={theirs.name}")
+    with pytest.warns(CorruptFileWarning):
+        commands.start("quickstart", (*SMALL, *damaged, "train.epochs=1"), tmp_path / "run")
+        there, here = evaluate_run(tmp_path / "run", overrides=overrides), evaluate_run(tmp_path / "run")
+    assert there.test == here.test
+    shutil.rmtree(tmp_path / "mine")
+    with pytest.raises(InputError, match="those that were trained on, and of these .*mine"):
+        evaluate_run(tmp_path / "run", overrides=overrides)
+
+
+def test_images_of_other_channels_are_refused_before_anything_is_written(trained: Path, damaged: tuple[str, ...], tmp_path: Path):
+    before = set(tmp_path.rglob("*"))
+    loader = "data.loader=torchvision" if library.missing() else "data.loader=ffcv"
+    with pytest.raises(InputError, match="has images of 3 channels, .* as images of 1: name"):
+        evaluate_run(trained, overrides=(*damaged, "data.dataset_options.channels=3", loader))
+    assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,7 +109,8 @@ def test_more_processes_than_gpus_are_refused(tmp_path: Path):
     count = torch.cuda.device_count() + 1
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command = [*start, "-m", "fahooks", "train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
     assert f"torchrun started {count} processes here, and there " in done.stderr
     assert not (tmp_path / "run").exists()

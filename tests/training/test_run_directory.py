@@ -61,9 +61,9 @@ def test_status_replaces_and_metrics_append(tiny: Tiny, tmp_path: Path):
     run.status("failed", reason="why")
     assert (run.read_status()["state"], run.read_status()["reason"]) == ("failed", "why")
     run.log("epoch", epoch=1, step=5, lr=0.1)
-    run.log("probe", epoch=1, angle={"a": float("nan"), "b": 2.0}, ratio=float("inf"))
+    run.log("probe", epoch=1, step=5, angle={"a": float("nan"), "b": 2.0}, ratio=float("inf"))
     assert run.rows("epoch") == [{"kind": "epoch", "epoch": 1, "step": 5, "lr": 0.1}]
-    assert run.rows("probe") == [{"kind": "probe", "epoch": 1, "angle": {"a": None, "b": 2.0}, "ratio": None}]
+    assert run.rows("probe") == [{"kind": "probe", "epoch": 1, "step": 5, "angle": {"a": None, "b": 2.0}, "ratio": None}]
     assert "NaN" not in run.metrics.read_text()
     assert not list(run.path.glob("*.partial"))
 
@@ -121,7 +121,20 @@ def test_rows_that_a_run_counts_and_has_not_are_told(tiny: Tiny, tmp_path: Path)
     assert run.lost(4, 20, 4) == "1 of epochs, from epoch 4 on, and 2 of probes, from step 12 on"
 
 
-@pytest.mark.parametrize("damage", [b"\0\0\0", b'{"kind": "epo\0\0', b"\xff\xfe", b"3", b"[]", b"{}", b""])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\0\0\0",
+        b'{"kind": "epo\0\0',
+        b"\xff\xfe",
+        b"3",
+        b"[]",
+        b"{}",
+        b'{"kind": "epoch"}',
+        b'{"kind": ["epoch"], "epoch": 2}',
+        b"",
+    ],
+)
 def test_a_damaged_row_is_one_that_is_lost(tiny: Tiny, tmp_path: Path, damage: bytes):
     run = make(tiny, tmp_path / "run")
     for epoch in (1, 2, 3):

@@ -73,6 +73,13 @@ training and in evaluation; `fahooks.audit` finds no linear map that is not rout
 (`fahooks.reference`, no custom backward), and the same parameters have one as under backpropagation; and as a control, the
 gradient of the images is another one than backpropagation's. Repeated blocks are taken out where a model has many, and images
 are as small as the model takes: [zoo.csv](zoo.csv) has the sizes, seconds and memory of each.
+
+torchvision's models of segmentation and detection, and models of transformers, are checked in the same way by tests:
+
+```sh
+pytest tests/zoo            # those that are quick, and the models of transformers
+pytest -m slow tests/zoo    # the others of torchvision, a minute each, keypointrcnn_resnet50_fpn nine
+```
 """
 
 

@@ -179,7 +179,7 @@ class FfcvLoader(Loader):
         """
         path = self.path(examples)
         if not path.is_file():
-            raise InputError(f"{path} is not there: `fahooks data prepare` writes it, as rank 0 of a run does")
+            raise InputError(f"{path} is not there: `fahooks data prepare` with the same recipe writes it, and so does a run")
         file = read(path, channels=examples.shape[0])
         if len(file) != len(examples.source):
             raise InputError(f"{path} has {len(file):,} images instead of {len(examples.source):,}: remove it")
