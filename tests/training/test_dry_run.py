@@ -62,6 +62,6 @@ def test_nothing_is_written_and_nothing_downloaded(tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match="optim.lr"):
         dry_run("quickstart", ("optim.lr=x",))
     monkeypatch.setattr(library, "missing", lambda: None)
-    with pytest.raises(InputError, match="ffcv/digits-train-.* is not there: `fahooks data prepare` writes it"):
+    with pytest.raises(InputError, match="ffcv/digits-train-.* is not there: `fahooks data prepare` with the same recipe"):
         dry_run("quickstart", (*SMALL, "data.loader=ffcv", f"data.root={tmp_path}"))
     assert list(tmp_path.iterdir()) == []
