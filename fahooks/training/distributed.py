@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -265,17 +265,13 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
 
 
-@contextmanager
-def reducing(wrapped: nn.Module, last: bool) -> Iterator[None]:
-    """Average the gradients of the passes inside over the ranks; only those of the `last` of a step, which has the sum."""
+def reducing(wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Average the gradients of the pass inside over the ranks; only those of the `last` of a step, which has the sum."""
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(last)
-        yield
     elif isinstance(wrapped, DistributedDataParallel) and not last:
-        with wrapped.no_sync():
-            yield
-    else:
-        yield
+        return wrapped.no_sync()
+    return nullcontext()
 
 
 @torch.no_grad()
