@@ -100,12 +100,12 @@ def _measured(setup: Setup, stream: Stream, name: str) -> dict[str, float]:
 
 
 def _statistics(trained: Recipe, moved: Recipe) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of the images that `trained` learned from, there or where they `moved` to."""
+    """Mean and standard deviation of each channel of the images that `trained` learned from, `moved` or where they were."""
     try:
         try:
-            dataset = load_dataset(trained)
-        except InputError:
             dataset = load_dataset(moved)
+        except InputError:  # it is the other images alone that lie there
+            dataset = load_dataset(trained)
         return divide(trained, dataset).train.statistics(trained.data.corrupt)
     except InputError as error:
         raise InputError(f"images are normalised as those that were trained on, and of these {error}") from error

@@ -96,13 +96,10 @@ class Sitting:
 
     def asked(self, look: bool) -> tuple[bool, bool]:
         """Whether the run was asked to stop, and whether it is time to save. Several ranks agree on it where they `look`."""
-        alone = world() == 1
-        if not alone and not look:
+        if world() > 1 and not look:
             return False, False
         minutes = self.setup.recipe.checkpoint.minutes
         by_minutes = minutes is not None and time.perf_counter() - self.saved > 60 * minutes
-        if alone:
-            return self.stop.requested, by_minutes or self.due_by_steps
         return any_rank(self.stop.requested), any_rank(by_minutes) or self.due_by_steps
 
     @property

@@ -161,7 +161,7 @@ def _doubts(setup: Setup, idle: Sequence[str]) -> Iterator[str]:
     if idle:
         what = f"only {', '.join(idle)} has a rule" if len(idle) == 1 else f"only {', '.join(idle)} have rules"
         yield f"{what}, and sends no error to the images below: the run learns as by backpropagation"
-    if not setup.report.converted and any(entry.rule != "bp" or entry.match != "*" for entry in setup.recipe.feedback):
+    if not setup.report.converted and not any((entry.match, entry.rule) == ("*", "bp") for entry in setup.recipe.feedback):
         yield "no layer has a rule: the run learns as by backpropagation, and [{match: '*', rule: bp}] says so"
     whole = setup.recipe.train.epochs * len(setup.train)
     for entry, (hook, _) in zip(setup.recipe.hooks, setup.hooks.hooks if setup.hooks else (), strict=True):

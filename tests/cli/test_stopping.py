@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from fahooks.cli import main
+from fahooks.cli.stopping import importing, stoppable
 
 # Ctrl-C while a module is imported that, as numpy does, takes it for a fault of its own.
 INTERRUPTED = """
@@ -27,6 +31,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from fahooks.cli import main
 main(prog_name="fahooks")
 """
+
+
+@pytest.mark.parametrize(("context", "number"), [(importing, signal.SIGINT), (stoppable, signal.SIGTERM)])
+def test_a_signal_is_handled_unless_it_is_ignored(context: Callable[[], AbstractContextManager[None]], number: signal.Signals):
+    """As a shell has what it starts in the background ignore Ctrl-C."""
+    before = signal.getsignal(number)
+    try:
+        for handler, kept in ((signal.SIG_DFL, False), (signal.SIG_IGN, True)):
+            signal.signal(number, handler)
+            with context():
+                assert (signal.getsignal(number) is handler) == kept
+            assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_stop_before_the_run_began_says_so(monkeypatch: pytest.MonkeyPatch):

@@ -23,7 +23,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
 
     def go(*arguments: str) -> Result:
-        return CliRunner().invoke(main, list(arguments))
+        return CliRunner().invoke(main, list(arguments), prog_name="fahooks")
 
     return go
 
@@ -53,6 +53,10 @@ def test_a_wrong_recipe_prints_all_its_problems_and_exits_2(run):
     ("arguments", "message"),
     [
         (["train"], "fahooks: name a recipe, such as mnist/fa"),
+        (
+            ["train", "quickstart", "--seeds"],
+            "fahooks: Option '--seeds' requires an argument; `fahooks train --help` lists what it takes",
+        ),
         (["train", "mnist/fb"], "fahooks: no recipe is named 'mnist/fb'"),
         (["train", "mnist/fa", "--resume", "x"], "fahooks: --resume DIR takes everything from there"),
         (["train", "--resume", "x", "--set", "seed=1"], "fahooks: --resume DIR takes everything from there"),

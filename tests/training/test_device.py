@@ -58,6 +58,28 @@ def test_a_gpu_that_is_not_there_is_an_error(tiny: Tiny):
     assert prepare(tiny("train.device=auto")).device.type == "cpu"
 
 
+def test_processes_share_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    """What torch says of GPUs is made up; test_gpu.py has a real one."""
+    gpus = 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert devices.choose_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for gpus, said in ((1, "there is 1 GPU: start one for each"), (2, "there are 2 GPUs: start one for each")):
+        with pytest.raises(InputError, match=f"^torchrun started 3 processes here, and {said} .--nproc-per-node {gpus}."):
+            devices.choose_device("auto")
+    assert devices.choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(InputError):
+        devices.choose_device("cuda")
+    gpus = 1  # maybe each process sees one of its own
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert devices.choose_device("cuda") == torch.device("cuda", 0)
+
+
 FAULTS = """
 import ctypes, resource, sys
 import torch

@@ -205,14 +205,14 @@ def test_a_learning_rate_that_is_too_high_is_traced(
     tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     setup = prepare(tiny("optim={name: sgd, lr: 1.0e+30}", "feedback=[{rule: bp}]"))
-    run = RunDirectory.create(setup.recipe, SOURCE, out=tmp_path / "run")
+    run = RunDirectory.create(setup.recipe, SOURCE, out=tmp_path / "my run")
     with pytest.raises(Diverged) as caught:
         train(setup, run)
     message = str(caught.value)
     assert "\n" not in message and message.startswith("the loss was nan by step 5, in epoch 1: first at step 2, layer '")
     assert message.endswith(
         f"; --resume would come to the same from {run.checkpoints}/step-000000000.pt, the last checkpoint; start anew "
-        f"with a lower optim.lr, as by `fahooks train {run.path}/resolved.yaml --set optim.lr=1e+29`, or with train.clip_norm"
+        f"with a lower optim.lr, as by `fahooks train '{run.path}/resolved.yaml' --set optim.lr=1e+29`, or with train.clip_norm"
     )
     assert prepare(load(str(run.path / "resolved.yaml"), ["optim.lr=1e+29"])).recipe.optim.lr == 1e29, "what it says can be done"
     assert json.loads((run.path / "status.json").read_text())["reason"] == message

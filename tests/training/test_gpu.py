@@ -32,15 +32,7 @@ Tiny = Callable[..., Recipe]
 HERE = Path(__file__).parent
 GPU = "train.device=cuda"
 
-FLOAT64 = """\
-name: float64
-model: {name: in_float64}
-feedback: [{match: "*", rule: fa}]
-data: {dataset: digits, batch_size: 33, validation: 21, limit: 121}
-optim: {name: sgd, lr: 0.1, momentum: 0.9, weight_decay: 0.01}
-train: {epochs: 2, device: cpu, threads: 1}
-seed: 0
-"""
+FLOAT64 = (HERE / "float64.yaml").read_text()
 
 
 def weights(run: RunDirectory | Path) -> dict[str, torch.Tensor]:

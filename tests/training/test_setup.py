@@ -92,6 +92,14 @@ def test_rules_that_learn_are_attached_and_others_need_nothing(tiny: Tiny):
     assert attached is not None and list(attached.rules) == ["dense"] and attached.hooks == []
 
 
+def test_a_recipe_that_gives_no_layer_a_rule_is_warned_of(tiny: Tiny):
+    with pytest.warns(Doubtful, match="^no layer has a rule: the run learns as by backpropagation, and "):
+        prepare(tiny("feedback=[{match: output, rule: bp}]"))
+    prepare(tiny("feedback=[{rule: bp}]"))
+    prepare(tiny("feedback=[{match: output, rule: bp}, {rule: bp}]"))
+    prepare(tiny("feedback=[{match: output, rule: fa}]"))
+
+
 def test_a_pattern_that_matches_no_layer_is_an_error(tiny: Tiny):
     with pytest.raises(InputError, match="'cnov1' matches none of the 4 layers.*'conv1'"):
         prepare(tiny("feedback=[{match: cnov1, rule: fa}]"))
