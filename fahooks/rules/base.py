@@ -245,12 +245,21 @@ class FunctionRule(Rule):
 
 def weight_norm(weight: Tensor) -> Tensor:
     """The L2 norm of a weight, in float32 or its own dtype where that is finer."""
-    precision = torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
     if torch.compiler.is_compiling():  # inductor adds up in blocks, and in the same pass takes the signs
-        return torch.linalg.vector_norm(weight, dtype=precision)
-    # First a unit at a time: added up in one go, the squares of millions of weights lose the last digits of the norm.
-    units = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), dtype=precision)
-    return torch.linalg.vector_norm(units)
+        return torch.linalg.vector_norm(weight, dtype=_precision(weight))
+    return torch.linalg.vector_norm(unit_norms(weight))
+
+
+def unit_norms(weight: Tensor) -> Tensor:
+    """The L2 norms [N_out] of the units' weights, in float32 or the weight's own dtype where that is finer.
+
+    Added up in one go, the squares of millions of weights lose the last digits of the norm.
+    """
+    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), dtype=_precision(weight))
+
+
+def _precision(weight: Tensor) -> torch.dtype:
+    return torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
 
 
 def check_model(model: object) -> None:

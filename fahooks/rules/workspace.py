@@ -42,7 +42,7 @@ def _is_served(weight: Tensor) -> bool:
     """Whether the weight is an ordinary tensor on a CPU, without gaps, in a backward pass; a compiler plans memory itself."""
     return (
         SMALLEST <= weight.nbytes <= LARGEST
-        and weight.device.type == "cpu"
+        and weight.is_cpu
         and not torch.compiler.is_compiling()
         and type(weight) in (Tensor, nn.Parameter)
         and torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
