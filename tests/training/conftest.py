@@ -37,11 +37,13 @@ def stored(stream: Stream) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c() -> Iterator[None]:
-    """Ctrl-C as a terminal has it: what a shell starts in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def terminal_signals() -> Iterator[None]:
+    """Signals as a terminal has them: what a shell starts in the background ignores Ctrl-C, and what nohup starts SIGHUP."""
+    heeded = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in heeded.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
