@@ -247,15 +247,15 @@ def weight_norm(weight: Tensor) -> Tensor:
     """The L2 norm of a weight, in float32 or its own dtype where that is finer."""
     if torch.compiler.is_compiling():  # inductor adds up in blocks, and in the same pass takes the signs
         return torch.linalg.vector_norm(weight, dtype=_precision(weight))
-    return torch.linalg.vector_norm(unit_norms(weight))
+    return torch.linalg.vector_norm(row_norms(weight))
 
 
-def unit_norms(weight: Tensor) -> Tensor:
-    """The L2 norms [N_out] of the units' weights, in float32 or the weight's own dtype where that is finer.
+def row_norms(weight: Tensor) -> Tensor:
+    """The L2 norms of weight[0], weight[1] ..., [len(weight)], in float32 or the weight's own dtype where that is finer.
 
-    Added up in one go, the squares of millions of weights lose the last digits of the norm.
+    Added up in one go, the squares of millions of weights lose the last digits of the norm. A vector is one row: [1].
     """
-    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), dtype=_precision(weight))
+    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), dtype=_precision(weight)).view(-1)
 
 
 def _precision(weight: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fahooks.rules.base import Rule, check_positive, register_rule, unit_norms, weight_norm
+from fahooks.rules.base import Rule, check_positive, register_rule, row_norms, weight_norm
 from fahooks.rules.drawing import DrawingRule, check_draw, deviation
 from fahooks.rules.feedback_alignment import FeedbackAlignment
 from fahooks.rules.workspace import sign
@@ -132,9 +132,9 @@ class SignSymmetryNormalized(Rule):
         """B = norm(W) sign(W) / norm(sign(W)), L2 norms; zero where W is all zero."""
         if type(weight) in (Tensor, nn.Parameter) and weight.is_cpu and not torch.compiler.is_compiling():
             # Plain numbers, where no device has to be waited for. A product tells in half a norm's time that no sign is zero.
-            units, signs = unit_norms(weight).view(-1), sign(weight)
+            norms, signs = row_norms(weight), sign(weight)
             ones = signs.numel() if signs.prod().item() else int(signs.count_nonzero())
-            return signs.mul_(math.sqrt(torch.dot(units, units).item() / max(1, ones)))
+            return signs.mul_(math.sqrt(torch.dot(norms, norms).item() / max(1, ones)))
         norm, signs = weight_norm(weight), sign(weight)
         # Sums of ones are exact, in whatever order they are added up.
         sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)

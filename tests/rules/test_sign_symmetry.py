@@ -130,6 +130,15 @@ def test_norms_of_many_weights_keep_their_digits() -> None:
     assert abs(torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(weight.double()) - 1) > 1e-6, "control: in one go"
 
 
+@pytest.mark.parametrize("shape", [(6,), (4, 3), (2, 3, 3, 5), (0, 3)])
+def test_strict_normalization_is_equation_5_for_any_shape(shape: tuple[int, ...]) -> None:
+    weight, rule = torch.randn(shape, dtype=torch.float64), SignSymmetryNormalized()
+    if weight.numel():
+        weight.view(-1)[1] = 0
+    ones = max(1, int((weight != 0).sum()))
+    torch.testing.assert_close(rule(weight), weight.square().sum().sqrt() * weight.sign() / ones**0.5, rtol=1e-14, atol=0)
+
+
 def test_strict_normalization_keeps_the_norm_of_the_weight_at_every_step() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).double()
