@@ -91,6 +91,8 @@ class _Convolution(torch.autograd.Function):
         ctx.feedback = feedback
         ctx.settings = settings
         ctx.bias_sizes = None if bias is None else bias.shape
+        if torch.compiler.is_compiling() and isinstance(weight, nn.Parameter):
+            weight = _set_apart(weight)
         return torch.convolution(input, weight, bias, *settings)
 
     @staticmethod
@@ -102,6 +104,16 @@ class _Convolution(torch.autograd.Function):
         matrix = feedback_matrix(ctx.feedback, weight) if needed[0] else weight
         gradients = torch.ops.aten.convolution_backward.default(grad_output, input, matrix, ctx.bias_sizes, *ctx.settings, needed)
         return *gradients, None, None
+
+
+def _set_apart(weight: Tensor) -> Tensor:
+    """W for the convolution of a compiled forward pass, while W itself is what the backward pass reads.
+
+    Inductor lays a convolution's weight out as channels_last, and saves that copy of what was to be saved, except of what it sees
+    as another tensor's storage. From there a sign rule would read a second copy of all weights, and mix its layout with that of
+    `B_0`.
+    """
+    return weight.as_strided(weight.shape, weight.stride())
 
 
 RECORDED = "ConvolutionBackward0"

@@ -106,6 +106,19 @@ def test_inductor_gives_the_gradients_of_eager_attention(learn: Learn) -> None:
     assert_compiles(learn, plain, converted, torch.randn(2, 5, 8), "inductor")
 
 
+@needs_compiler
+def test_inductor_saves_the_weights_of_sign_rules_and_no_copies() -> None:
+    def saves(model: nn.Module) -> list[bool]:
+        output: Tensor = torch.compile(model, fullgraph=True)(torch.randn(2, 3, 8, 8, requires_grad=True))
+        node: Any = output.grad_fn
+        kept = {tensor.data_ptr() for tensor in node.saved_tensors}
+        return [weight.data_ptr() in kept for weight in model.parameters() if weight.dim() == 4]
+
+    plain, converted = pair(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3)), "usf_init")
+    assert saves(converted) == [True, True]
+    assert saves(plain) == [False, False], "control: backpropagation has channels_last copies"
+
+
 # The rest is about what dynamo and aot_autograd trace; these two backends generate no code, and are quick.
 
 
