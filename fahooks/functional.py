@@ -150,18 +150,22 @@ def _forget(weight: Tensor) -> None:
 def _records_alone(input: Tensor, weight: Tensor, feedback: Any) -> bool:
     """Whether autograd records a call as it is, with nobody about who asks for what it saves, or for a function."""
     return not (
-        torch.compiler.is_compiling()
+        is_traced()
         or getattr(feedback, "reaches_out", True)  # a plain function too: see `fahooks.Rule.reaches_out`
-        or torch.is_anomaly_enabled()  # `fahooks.audit` reads the rule off the function's node
+        or _is_anomaly_enabled()  # `fahooks.audit` reads the rule off the function's node
         or _saved_tensors_hooks(True)  # activation checkpointing, offloading
         or _transforms()
         or forward_ad._current_level >= 0
-        or type(weight) not in _ORDINARY
-        or type(input) not in _ORDINARY
+        or type(weight) not in ORDINARY
+        or type(input) not in ORDINARY
     )
 
 
-_ORDINARY = (Tensor, nn.Parameter)
+ORDINARY = (Tensor, nn.Parameter)
+# Looked up once: between two layers all that Python reads is gone from the caches.
+is_traced = torch.compiler.is_dynamo_compiling
+_is_anomaly_enabled = torch.is_anomaly_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 _transforms = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -226,7 +230,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, feedbac
     """
     if not _sends_error(input):
         return F.linear(input, weight, bias)
-    return _apply(_Linear, *_autocast(input, weight, bias), feedback)
+    if _is_any_autocast_enabled():
+        input, weight, bias = _autocast(input, weight, bias)
+    return _apply(_Linear, input, weight, bias, feedback)
 
 
 def product(operation: Callable[..., Tensor], *operands: Tensor, place: int, feedback: Feedback) -> Tensor:
@@ -273,12 +279,13 @@ def _convolve(
         _expand(output_padding, dimensions),
         groups,
     )
-    call: tuple[Any, ...] = (*_autocast(input, weight, bias), *settings)
-    if _records_alone(call[0], call[1], feedback):
-        output = torch.convolution(*call)
-        _hand_over(output, call[1], feedback)
+    if _is_any_autocast_enabled():
+        input, weight, bias = _autocast(input, weight, bias)
+    if _records_alone(input, weight, feedback):
+        output = torch.convolution(input, weight, bias, *settings)
+        _hand_over(output, weight, feedback)
     else:
-        output = _apply(_Convolution, *call[:3], feedback, settings)
+        output = _apply(_Convolution, input, weight, bias, feedback, settings)
     return output.squeeze(0) if unbatched else output
 
 
@@ -345,6 +352,8 @@ def _sends_error(input: Tensor) -> bool:
 
 
 def _expand(value: int | Sequence[int], dimensions: int) -> Sequence[int]:
+    if type(value) is tuple and len(value) == dimensions:
+        return value
     if isinstance(value, int):
         return (value,) * dimensions
     return tuple(value) * dimensions if len(value) == 1 else value
@@ -367,10 +376,8 @@ def _resolve_padding(
     return input, [total // 2 for total in totals]
 
 
-def _autocast(input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(input: Tensor, *others: Tensor | None) -> Any:
     """Cast as autocast would: inside an autograd function it no longer could record the casts."""
-    if not torch._C._is_any_autocast_enabled():  # as torch's RNN asks; by device it takes longer than all else here
-        return input, *others
     device = input.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return input, *others

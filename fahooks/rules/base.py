@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fahooks import plugins
+from fahooks.functional import is_traced
 from fahooks.rules.sharding import is_sharded
 
 register_rule = plugins.rules.register
@@ -89,14 +90,9 @@ class Rule(nn.Module):
         """What its state takes now."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    @property
-    def hooked(self) -> bool:
-        """Whether it has hooks, which are to see W and B."""
-        return bool(self._forward_hooks or self._forward_pre_hooks)
-
     def __call__(self, weight: Tensor) -> Tensor:
         """B, as `forward` gives it. What else a call of a module looks for takes longer than many a rule."""
-        return super().__call__(weight) if self.hooked else self.forward(weight)
+        return super().__call__(weight) if self._forward_hooks or self._forward_pre_hooks else self.forward(weight)
 
     def attach(self, weight: nn.Parameter, optimizer: Optimizer) -> None:
         """Prepare to learn beside `weight`, which `optimizer` updates; called by `fahooks.attach` where `learns` is set."""
@@ -244,22 +240,19 @@ class FunctionRule(Rule):
 
 
 def weight_norm(weight: Tensor) -> Tensor:
-    """The L2 norm of a weight, in float32 or its own dtype where that is finer."""
-    if torch.compiler.is_compiling():  # inductor adds up in blocks, and in the same pass takes the signs
-        return torch.linalg.vector_norm(weight, dtype=_precision(weight))
-    return torch.linalg.vector_norm(row_norms(weight))
+    """The L2 norm of a weight, in float32 or its own dtype where that is finer.
 
-
-def row_norms(weight: Tensor) -> Tensor:
-    """The L2 norms of weight[0], weight[1] ..., [len(weight)], in float32 or the weight's own dtype where that is finer.
-
-    Added up in one go, the squares of millions of weights lose the last digits of the norm. A vector is one row: [1].
+    Added up in one go, the squares of millions of weights lose the last digits of the norm: those of weight[0], weight[1] ...
+    come first. Inductor adds up in blocks, and in the same pass takes the signs.
     """
-    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), dtype=_precision(weight)).view(-1)
+    dtype = torch.float32 if weight.element_size() < 4 else None
+    if is_traced():
+        return _norm(weight, dtype=dtype)
+    return _norm(_norm(weight, dim=_WITHIN_ROWS[weight.dim()], dtype=dtype))
 
 
-def _precision(weight: Tensor) -> torch.dtype:
-    return torch.float32 if weight.dtype.itemsize < 4 else weight.dtype
+_WITHIN_ROWS = tuple(tuple(range(1, dimensions)) for dimensions in range(65))  # 64 are the most that torch reduces
+_norm = torch.linalg.vector_norm
 
 
 def check_model(model: object) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fahooks.rules.base import Rule, check_positive, register_rule, row_norms, weight_norm
+from fahooks.functional import ORDINARY, is_traced
+from fahooks.rules.base import Rule, check_positive, register_rule, weight_norm
 from fahooks.rules.drawing import DrawingRule, check_draw, deviation
 from fahooks.rules.feedback_alignment import FeedbackAlignment
 from fahooks.rules.workspace import sign
@@ -130,12 +131,11 @@ class SignSymmetryNormalized(Rule):
 
     def forward(self, weight: Tensor) -> Tensor:
         """B = norm(W) sign(W) / norm(sign(W)), L2 norms; zero where W is all zero."""
-        if type(weight) in (Tensor, nn.Parameter) and weight.is_cpu and not torch.compiler.is_compiling():
-            # Plain numbers, where no device has to be waited for. A product tells in half a norm's time that no sign is zero.
-            norms, signs = row_norms(weight), sign(weight)
-            ones = signs.numel() if signs.prod().item() else int(signs.count_nonzero())
-            return signs.mul_(math.sqrt(torch.dot(norms, norms).item() / max(1, ones)))
         norm, signs = weight_norm(weight), sign(weight)
+        if weight.is_cpu and not is_traced() and type(weight) in ORDINARY:
+            # Plain numbers, where no device has to be waited for. A product tells in half a norm's time that no sign is zero.
+            ones = signs.numel() if signs.prod().item() else int(signs.count_nonzero())
+            return signs.mul_(norm.item() / math.sqrt(max(1, ones)))
         # Sums of ones are exact, in whatever order they are added up.
         sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
         return signs.mul_((norm / sign_norm.clamp_min(1)).to(weight.dtype))

@@ -9,7 +9,9 @@ from __future__ import annotations
 import threading
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fahooks.functional import ORDINARY, is_traced
 
 SMALLEST, LARGEST = 2**18, 2**25
 """Bytes of the matrices that are served. Smaller ones the allocator has at hand; larger ones would be much to keep."""
@@ -17,7 +19,8 @@ SMALLEST, LARGEST = 2**18, 2**25
 
 class _Kept(threading.local):
     def __init__(self) -> None:
-        self.blocks: dict[torch.dtype, tuple[Tensor, int]] = {}
+        self.blocks: dict[torch.dtype, tuple[Tensor, int, int]] = {}
+        """By dtype the block, where its storage is, and how many hold that while nobody else does."""
 
 
 _kept = _Kept()
@@ -29,28 +32,30 @@ def sign(weight: Tensor) -> Tensor:
     On a CPU, inside of a backward pass, its memory is used again by a later call of the same thread, once nobody holds it any
     more. A thread keeps at most 32 MiB for each dtype.
     """
-    if not _is_served(weight):
+    if weight.nbytes < SMALLEST or not _is_served(weight):
         return weight.sign()
-    block, alone = _kept.blocks.get(weight.dtype, (None, 0))
-    if block is None or block.numel() < weight.numel() or _holders(block) > alone:
+    block, storage, alone = _kept.blocks.get(weight.dtype, (None, 0, 0))
+    if block is None or block.numel() < weight.numel() or _holders(storage) > alone:
         block = weight.new_empty(weight.numel())
-        _kept.blocks[weight.dtype] = block, _holders(block)
+        storage = block.untyped_storage()._cdata
+        _kept.blocks[weight.dtype] = block, storage, _holders(storage)
     return torch.sign(weight, out=block.as_strided(weight.shape, weight.stride()))
 
 
 def _is_served(weight: Tensor) -> bool:
     """Whether the weight is an ordinary tensor on a CPU, without gaps, in a backward pass; a compiler plans memory itself."""
     return (
-        SMALLEST <= weight.nbytes <= LARGEST
-        and weight.is_cpu
-        and not torch.compiler.is_compiling()
-        and type(weight) in (Tensor, nn.Parameter)
-        and torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
-        and not torch.is_grad_enabled()
+        weight.is_cpu
+        and not is_traced()
+        and type(weight) in ORDINARY
+        and weight.nbytes <= LARGEST
+        and _current_graph_task_id() != -1
+        and not _is_grad_enabled()
         and (weight.is_contiguous() or weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
     )
 
 
-def _holders(block: Tensor) -> int:
-    """How many hold that memory: the block itself, its storage as an object of Python in some versions of torch, and who else."""
-    return torch._C._storage_Use_Count(block.untyped_storage()._cdata)  # pyright: ignore[reportAttributeAccessIssue]
+# How many hold a storage: the block itself, the storage as an object of Python in some versions of torch, and who else.
+_holders = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
+_current_graph_task_id = torch._C._current_graph_task_id  # pyright: ignore[reportAttributeAccessIssue]
+_is_grad_enabled = torch.is_grad_enabled

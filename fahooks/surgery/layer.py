@@ -281,7 +281,7 @@ OneCall = Callable[[Any, Tensor, Tensor, functional.Feedback], Tensor]
 
 
 def _call_linear(layer: Any, input: Tensor, weight: Tensor, feedback: functional.Feedback) -> Tensor:
-    return functional.ROUTES[F.linear](input, weight, layer.bias, feedback=feedback)
+    return functional.ROUTES[F.linear](input, weight, _bias(layer), feedback=feedback)
 
 
 def _make_call(convolution: Callable[..., Tensor]) -> OneCall:
@@ -290,9 +290,15 @@ def _make_call(convolution: Callable[..., Tensor]) -> OneCall:
         if layer.padding_mode != "zeros":
             input, padding = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
         core = functional.ROUTES[convolution]
-        return core(input, weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups, feedback=feedback)
+        return core(input, weight, _bias(layer), layer.stride, padding, layer.dilation, layer.groups, feedback=feedback)
 
     return call
+
+
+def _bias(layer: Any) -> Tensor | None:
+    """As `layer.bias`, for which a module looks everywhere else first."""
+    parameters = layer._parameters
+    return parameters["bias"] if "bias" in parameters else layer.bias
 
 
 ONE_CALL: dict[type[nn.Module], OneCall] = {

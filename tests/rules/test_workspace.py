@@ -68,7 +68,7 @@ def test_outside_of_a_backward_pass_nothing_is_kept():
 def test_no_more_is_kept_than_was_said():
     large = torch.ones(workspace.LARGEST // 4 + 1)
     in_backward(lambda: [workspace.sign(w) for w in (WEIGHT, large)])
-    assert sum(block.nbytes for block, _ in workspace._kept.blocks.values()) <= 3 * workspace.LARGEST
+    assert sum(block.nbytes for block, *_ in workspace._kept.blocks.values()) <= 3 * workspace.LARGEST
     assert workspace._kept.blocks[torch.float32][0].nbytes <= workspace.LARGEST
 
 
