@@ -13,7 +13,7 @@ import click
 from fahooks import plugins
 from fahooks.plugins import InputError
 
-from .arguments import NUMBERS, RECIPE, SETTINGS, names
+from .arguments import NUMBERS, RECIPE, SETTINGS, names, refused
 from .stopping import importing
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def step(
     images = torch.randn(batch, *shape, generator=generator).to(device)
     images = images.contiguous(memory_format=torch.channels_last) if channels_last else images
     labels = torch.randint(classes, (batch,), generator=generator).to(device)
+    with refused(f"{model!r} does not run on {batch} images of shape {shape} (--batch and --image set others)"), torch.no_grad():
+        make()(images)
     timings = benchmark.compare(
         make, {name: name for name in chosen}, images, labels, rounds=rounds, compiled=compiled, bf16=bf16
     )

@@ -23,6 +23,7 @@ from fahooks import plugins
 from fahooks.plugins import InputError
 from fahooks.terminal import on_terminal
 
+from .arguments import one_line, refused
 from .stopping import importing
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _arguments(settings: dict[str, Any]) -> dict[str, Any]:
     """What the settings mean as arguments of `fahooks.convert`; the rule and its options are checked before any work."""
     rule, options = settings["rule"], settings["options"]
     if isinstance(rule, str):
-        with _refused(f"rule {rule!r} can not be made with {options}"):
+        with refused(f"rule {rule!r} can not be made with {options}"):
             plugins.rules.get(rule).build(**options)
         chosen: dict[Any, Any] = {"rule": rule, **options}
     elif options:
@@ -156,7 +157,7 @@ def _convert(
     net = models.build(settings["model"], **settings["model_options"])
     inputs = _inputs(net, settings["model"], shape)
     shapes = ", ".join(str(tuple(getattr(value, "shape", ()))) for value in inputs)
-    with _refused(f"{settings['model']!r} does not run on an input of shape {shapes} (--input-size sets another)"):
+    with refused(f"{settings['model']!r} does not run on an input of shape {shapes} (--input-size sets another)"):
         plain = verify.outputs(net, *inputs)
     report = fahooks.convert(net, **arguments)
     if show:
@@ -214,7 +215,7 @@ def _value(option: str, text: str, value: str) -> Any:
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise InputError(f"{option} {text!r}: the value is no YAML: {_one_line(error)}") from error
+        raise InputError(f"{option} {text!r}: the value is no YAML: {one_line(error)}") from error
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -253,7 +254,7 @@ def _write(net: nn.Module, partial: Path, output: Path, settings: dict[str, Any]
         save_model(net, str(partial), metadata)
         os.replace(partial, output)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{str(output)!r} can not be written: {_one_line(error)}") from error
+        raise InputError(f"{str(output)!r} can not be written: {one_line(error)}") from error
 
 
 def _document(settings: dict[str, Any], report: Report, verification: Verification, written: str | None) -> dict[str, Any]:
@@ -294,18 +295,3 @@ def _print(report: Report) -> None:
 
 def _exit_code(verification: Verification) -> int:
     return 0 if verification.ok else 1
-
-
-@contextmanager
-def _refused(what: str) -> Iterator[None]:
-    """Turn what the user's model or rule raises into one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{what}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -91,7 +91,7 @@ class _Convolution(torch.autograd.Function):
         ctx.feedback = feedback
         ctx.settings = settings
         ctx.bias_sizes = None if bias is None else bias.shape
-        if torch.compiler.is_compiling() and isinstance(weight, nn.Parameter):
+        if is_dynamo_compiling() and not torch.compiler.is_exporting() and type(weight) is nn.Parameter:
             weight = _set_apart(weight)
         return torch.convolution(input, weight, bias, *settings)
 
@@ -106,12 +106,13 @@ class _Convolution(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _set_apart(weight: Tensor) -> Tensor:
+def _set_apart(weight: nn.Parameter) -> Tensor:
     """W for the convolution of a compiled forward pass, while W itself is what the backward pass reads.
 
-    Inductor lays a convolution's weight out as channels_last, and saves that copy of what was to be saved, except of what it sees
-    as another tensor's storage. From there a sign rule would read a second copy of all weights, and mix its layout with that of
-    `B_0`.
+    Inductor lays a convolution's weight out as channels_last, and in place of W saves that copy, except where it sees W taken for
+    another tensor's storage. From there a sign rule would read a second copy of all weights, and mix its layout with that of
+    `B_0`. Shape and strides become constants of the graph, which dynamo compiles anew where they change; an exported program
+    would keep them.
     """
     return weight.as_strided(weight.shape, weight.stride())
 
@@ -150,7 +151,7 @@ def _forget(weight: Tensor) -> None:
 def _records_alone(input: Tensor, weight: Tensor, feedback: Any) -> bool:
     """Whether autograd records a call as it is, with nobody about who asks for what it saves, or for a function."""
     return not (
-        is_traced()
+        is_dynamo_compiling()
         or getattr(feedback, "reaches_out", True)  # a plain function too: see `fahooks.Rule.reaches_out`
         or _is_anomaly_enabled()  # `fahooks.audit` reads the rule off the function's node
         or _saved_tensors_hooks(True)  # activation checkpointing, offloading
@@ -162,8 +163,11 @@ def _records_alone(input: Tensor, weight: Tensor, feedback: Any) -> bool:
 
 
 ORDINARY = (Tensor, nn.Parameter)
-# Looked up once: between two layers all that Python reads is gone from the caches.
-is_traced = torch.compiler.is_dynamo_compiling
+"""The types of tensors that are what they seem; those of subclasses, and of most that is traced, are not."""
+
+# Looked up once, since between two layers all that Python reads is gone from the caches.
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+"""Asked beside `ORDINARY`: where export or make_fx traces, tensors are of types of their own, or it does no harm."""
 _is_anomaly_enabled = torch.is_anomaly_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
@@ -376,13 +380,20 @@ def _resolve_padding(
     return input, [total // 2 for total in totals]
 
 
-def _autocast(input: Tensor, *others: Tensor | None) -> Any:
-    """Cast as autocast would: inside an autograd function it no longer could record the casts."""
+def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as autocast would: inside an autograd function it no longer could record the casts.
+
+    Called where autocast is on for any device: to ask that first is quicker.
+    """
     device = input.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return input, *others
+        return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.dtype in _AUTOCAST_FROM else t for t in (input, *others))
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.dtype in _AUTOCAST_FROM else tensor
+
+    return cast(input), cast(weight), None if bias is None else cast(bias)
 
 
 _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)

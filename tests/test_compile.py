@@ -107,14 +107,16 @@ def test_inductor_gives_the_gradients_of_eager_attention(learn: Learn) -> None:
 
 
 @needs_compiler
-def test_inductor_saves_the_weights_of_sign_rules_and_no_copies() -> None:
+@pytest.mark.parametrize("rule", ["usf_init", "usf_sn"])
+def test_inductor_saves_the_weights_of_sign_rules_and_no_copies(rule: str) -> None:
     def saves(model: nn.Module) -> list[bool]:
+        """For each tensor of a weight's shape whether it is the weight."""
         output: Tensor = torch.compile(model, fullgraph=True)(torch.randn(2, 3, 8, 8, requires_grad=True))
         node: Any = output.grad_fn
-        kept = {tensor.data_ptr() for tensor in node.saved_tensors}
-        return [weight.data_ptr() in kept for weight in model.parameters() if weight.dim() == 4]
+        weights = {weight.data_ptr(): weight.shape for weight in model.parameters() if weight.dim() == 4}
+        return [tensor.data_ptr() in weights for tensor in node.saved_tensors if tensor.shape in weights.values()]
 
-    plain, converted = pair(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3)), "usf_init")
+    plain, converted = pair(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3)), rule)
     assert saves(converted) == [True, True]
     assert saves(plain) == [False, False], "control: backpropagation has channels_last copies"
 

@@ -130,6 +130,13 @@ def test_export_gives_the_plain_forward_pass() -> None:
     assert torch.equal(exported.module()(images()), network().eval()(images()))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_takes_weights_of_another_layout(strict: bool) -> None:
+    exported: Any = torch.export.export(converted(network()).eval(), (images(),), strict=strict).module()
+    exported.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(exported(images()), network().eval()(images()))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_symbolic_trace_keeps_the_rules(learn: Learn, rule: str) -> None:
     found = converted(network(), rule)

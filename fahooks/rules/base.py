@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fahooks import plugins
-from fahooks.functional import is_traced
+from fahooks.functional import is_dynamo_compiling
 from fahooks.rules.sharding import is_sharded
 
 register_rule = plugins.rules.register
@@ -246,7 +246,7 @@ def weight_norm(weight: Tensor) -> Tensor:
     come first. Inductor adds up in blocks, and in the same pass takes the signs.
     """
     dtype = torch.float32 if weight.element_size() < 4 else None
-    if is_traced():
+    if is_dynamo_compiling():
         return _norm(weight, dtype=dtype)
     return _norm(_norm(weight, dim=_WITHIN_ROWS[weight.dim()], dtype=dtype))
 

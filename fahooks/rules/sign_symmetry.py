@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from fahooks.functional import ORDINARY, is_traced
+from fahooks.functional import ORDINARY, is_dynamo_compiling
 from fahooks.rules.base import Rule, check_positive, register_rule, weight_norm
 from fahooks.rules.drawing import DrawingRule, check_draw, deviation
 from fahooks.rules.feedback_alignment import FeedbackAlignment
@@ -132,7 +132,7 @@ class SignSymmetryNormalized(Rule):
     def forward(self, weight: Tensor) -> Tensor:
         """B = norm(W) sign(W) / norm(sign(W)), L2 norms; zero where W is all zero."""
         norm, signs = weight_norm(weight), sign(weight)
-        if weight.is_cpu and not is_traced() and type(weight) in ORDINARY:
+        if weight.is_cpu and not is_dynamo_compiling() and type(weight) in ORDINARY:
             # Plain numbers, where no device has to be waited for. A product tells in half a norm's time that no sign is zero.
             ones = signs.numel() if signs.prod().item() else int(signs.count_nonzero())
             return signs.mul_(norm.item() / math.sqrt(max(1, ones)))

@@ -11,7 +11,7 @@ import threading
 import torch
 from torch import Tensor
 
-from fahooks.functional import ORDINARY, is_traced
+from fahooks.functional import ORDINARY, is_dynamo_compiling
 
 SMALLEST, LARGEST = 2**18, 2**25
 """Bytes of the matrices that are served. Smaller ones the allocator has at hand; larger ones would be much to keep."""
@@ -20,7 +20,7 @@ SMALLEST, LARGEST = 2**18, 2**25
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.blocks: dict[torch.dtype, tuple[Tensor, int, int]] = {}
-        """By dtype the block, where its storage is, and how many hold that while nobody else does."""
+        """By dtype a block, the address of its storage's C++ object, and how many hold that object while nobody else does."""
 
 
 _kept = _Kept()
@@ -46,7 +46,7 @@ def _is_served(weight: Tensor) -> bool:
     """Whether the weight is an ordinary tensor on a CPU, without gaps, in a backward pass; a compiler plans memory itself."""
     return (
         weight.is_cpu
-        and not is_traced()
+        and not is_dynamo_compiling()
         and type(weight) in ORDINARY
         and weight.nbytes <= LARGEST
         and _current_graph_task_id() != -1

@@ -55,6 +55,14 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str):
     assert message in done.stderr
 
 
+def test_a_model_that_does_not_run_on_such_images_is_refused_in_one_line():
+    done = CliRunner().invoke(
+        main, ["bench", "step", "timm/vit_tiny_patch16_224", "--image", "37", "--batch", "2", "--rules", "fa"]
+    )
+    assert done.exit_code == 2
+    assert "does not run on 2 images of shape (3, 37, 37) (--batch and --image set others): AssertionError" in done.stderr
+
+
 def test_bench_loop_compares_the_loop_with_a_minimal_one():
     settings = ["--set=data.limit=200", "--set=train.device=cpu"]
     done = CliRunner().invoke(main, ["bench", "loop", "quickstart", "--rounds", "2", *settings])
