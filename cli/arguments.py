@@ -1,10 +1,8 @@
-"""What several commands take: RECIPE, --set, --json FILE, lists of names and seeds, and code that is the user's own."""
+"""What several commands take: RECIPE, --set, --json FILE, and lists of names and seeds."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -117,19 +115,3 @@ def _each_once(option: str, given: list[Item]) -> list[Item]:
         if item in given[:place]:
             raise InputError(f"{option} has {item} twice: give it once")
     return given
-
-
-@contextmanager
-def refused(what: str) -> Iterator[None]:
-    """Turn what the user's model or rule raises into one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{what}: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """The class and the words of an error."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

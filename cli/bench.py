@@ -13,7 +13,8 @@ import click
 from fahooks import plugins
 from fahooks.plugins import InputError
 
-from .arguments import NUMBERS, RECIPE, SETTINGS, names, refused
+from .arguments import NUMBERS, RECIPE, SETTINGS, names
+from .refusing import refused
 from .stopping import importing
 
 if TYPE_CHECKING:

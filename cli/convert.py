@@ -23,7 +23,7 @@ from fahooks import plugins
 from fahooks.plugins import InputError
 from fahooks.terminal import on_terminal
 
-from .arguments import one_line, refused
+from .refusing import one_line, refused
 from .stopping import importing
 
 if TYPE_CHECKING:

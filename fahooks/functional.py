@@ -153,7 +153,7 @@ def _records_alone(input: Tensor, weight: Tensor, feedback: Any) -> bool:
     return not (
         is_dynamo_compiling()
         or getattr(feedback, "reaches_out", True)  # a plain function too: see `fahooks.Rule.reaches_out`
-        or _is_anomaly_enabled()  # `fahooks.audit` reads the rule off the function's node
+        or torch.is_anomaly_enabled()  # `fahooks.audit` reads the rule off the function's node
         or _saved_tensors_hooks(True)  # activation checkpointing, offloading
         or _transforms()
         or forward_ad._current_level >= 0
@@ -167,8 +167,11 @@ ORDINARY = (Tensor, nn.Parameter)
 
 # Looked up once, since between two layers all that Python reads is gone from the caches.
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-"""Asked beside `ORDINARY`: where export or make_fx traces, tensors are of types of their own, or it does no harm."""
-_is_anomaly_enabled = torch.is_anomaly_enabled
+"""Asked where a compiled function must not do as an eager one; `torch.compiler.is_compiling` takes longer.
+
+It says no where something else traces, torch.export or make_fx, whose tensors either are not `ORDINARY` or are computed with as
+in eager mode.
+"""
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 _transforms = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue]
@@ -356,8 +359,6 @@ def _sends_error(input: Tensor) -> bool:
 
 
 def _expand(value: int | Sequence[int], dimensions: int) -> Sequence[int]:
-    if type(value) is tuple and len(value) == dimensions:
-        return value
     if isinstance(value, int):
         return (value,) * dimensions
     return tuple(value) * dimensions if len(value) == 1 else value

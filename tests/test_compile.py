@@ -121,6 +121,50 @@ def test_inductor_saves_the_weights_of_sign_rules_and_no_copies(rule: str) -> No
     assert saves(plain) == [False, False], "control: backpropagation has channels_last copies"
 
 
+class Wrapped(Tensor):
+    """A weight inside of another tensor, as quantized ones are, that is convolved with and can do little else."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype)  # pyright: ignore
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return f"Wrapped({self.inner!r})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *rest: Any) -> Wrapped:
+        return Wrapped(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inner = [arg.inner if isinstance(arg, Wrapped) else arg for arg in args]
+        name = func.overloadpacket.__name__
+        if name in ("detach", "clone", "alias", "empty_like"):
+            return Wrapped(func(*inner, **(kwargs or {})))
+        if name in ("convolution", "convolution_backward"):
+            return func(*inner, **(kwargs or {}))
+        raise NotImplementedError(f"a wrapped weight does not do {name}")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+def test_the_weight_of_a_subclass_is_convolved_with_as_it_is(backend: str) -> None:
+    _, converted = pair(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3)), "fa")
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    expected = torch.autograd.grad(converted(x).sum(), x)[0]
+    layer: Any = converted[2]
+    layer.weight = nn.Parameter(Wrapped(layer.weight.detach()), requires_grad=False)
+    found = torch.autograd.grad(torch.compile(converted, fullgraph=True, backend=backend)(x).sum(), x)[0]
+    torch.testing.assert_close(found, expected)
+
+
 # The rest is about what dynamo and aot_autograd trace; these two backends generate no code, and are quick.
 
 

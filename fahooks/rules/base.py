@@ -246,13 +246,13 @@ def weight_norm(weight: Tensor) -> Tensor:
     come first. Inductor adds up in blocks, and in the same pass takes the signs.
     """
     dtype = torch.float32 if weight.element_size() < 4 else None
+    norm = torch.linalg.vector_norm
     if is_dynamo_compiling():
-        return _norm(weight, dtype=dtype)
-    return _norm(_norm(weight, dim=_WITHIN_ROWS[weight.dim()], dtype=dtype))
+        return norm(weight, dtype=dtype)
+    return norm(norm(weight, dim=_WITHIN_ROWS[weight.dim()], dtype=dtype))
 
 
 _WITHIN_ROWS = tuple(tuple(range(1, dimensions)) for dimensions in range(65))  # 64 are the most that torch reduces
-_norm = torch.linalg.vector_norm
 
 
 def check_model(model: object) -> None:

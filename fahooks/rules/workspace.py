@@ -32,7 +32,7 @@ def sign(weight: Tensor) -> Tensor:
     On a CPU, inside of a backward pass, its memory is used again by a later call of the same thread, once nobody holds it any
     more. A thread keeps at most 32 MiB for each dtype.
     """
-    if weight.nbytes < SMALLEST or not _is_served(weight):
+    if not SMALLEST <= weight.nbytes <= LARGEST or not _is_served(weight):
         return weight.sign()
     block, storage, alone = _kept.blocks.get(weight.dtype, (None, 0, 0))
     if block is None or block.numel() < weight.numel() or _holders(storage) > alone:
@@ -48,9 +48,8 @@ def _is_served(weight: Tensor) -> bool:
         weight.is_cpu
         and not is_dynamo_compiling()
         and type(weight) in ORDINARY
-        and weight.nbytes <= LARGEST
         and _current_graph_task_id() != -1
-        and not _is_grad_enabled()
+        and not torch.is_grad_enabled()
         and (weight.is_contiguous() or weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
     )
 
@@ -58,4 +57,3 @@ def _is_served(weight: Tensor) -> bool:
 # How many hold a storage: the block itself, the storage as an object of Python in some versions of torch, and who else.
 _holders = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
 _current_graph_task_id = torch._C._current_graph_task_id  # pyright: ignore[reportAttributeAccessIssue]
-_is_grad_enabled = torch.is_grad_enabled
