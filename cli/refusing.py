@@ -27,5 +27,6 @@ def refused(what: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """The class and the words of an error."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    """The class of an error, and its words if it has any."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
