@@ -132,10 +132,18 @@ class SignSymmetryNormalized(Rule):
     def forward(self, weight: Tensor) -> Tensor:
         """B = norm(W) sign(W) / norm(sign(W)), L2 norms; zero where W is all zero."""
         norm, signs = weight_norm(weight), sign(weight)
-        if weight.is_cpu and not is_dynamo_compiling() and type(weight) in ORDINARY:
-            # Plain numbers, where no device has to be waited for. A product tells in half a norm's time that no sign is zero.
-            ones = signs.numel() if signs.prod().item() else int(signs.count_nonzero())
-            return signs.mul_(norm.item() / math.sqrt(max(1, ones)))
-        # Sums of ones are exact, in whatever order they are added up.
-        sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
-        return signs.mul_((norm / sign_norm.clamp_min(1)).to(weight.dtype))
+        if not (weight.is_cpu and not is_dynamo_compiling() and type(weight) in ORDINARY):
+            # Sums of ones are exact in whatever order, up to some hundred million.
+            sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
+            return signs.mul_((norm / sign_norm.clamp_min(1)).to(weight.dtype))
+        # No device has to be waited for here. Few calls are what small weights ask for, and large ones to be read fast: a product
+        # tells in half a norm's time that no sign is zero.
+        if signs.numel() < _LARGE:
+            sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
+            return signs.mul_(norm / sign_norm if sign_norm.item() else norm)
+        ones = signs.numel() if signs.prod().item() else int(signs.count_nonzero())
+        return signs.mul_(norm.item() / math.sqrt(max(1, ones)))
+
+
+_LARGE = 2**19
+"""Weights, from so many on of which reading them takes longer than calling torch once more."""

@@ -130,6 +130,24 @@ def test_norms_of_many_weights_keep_their_digits() -> None:
     assert abs(torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(weight.double()) - 1) > 1e-6, "control: in one go"
 
 
+@pytest.mark.parametrize("zeros", ["none", "one", "half", "all"])
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 511, 512])
+def test_strict_normalization_counts_the_zeros_of_small_and_large_weights(rows: int, zeros: str) -> None:
+    weight = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(rows)) + 1e-9
+    weight.view(-1)[: {"none": 0, "one": 1, "half": rows * 512, "all": rows * 1024}[zeros]] = 0
+    ones = rows * 1024 - (weight == 0).sum().item()
+    expected = weight.double().square().sum().sqrt() / max(1, ones) ** 0.5 * weight.double().sign()
+    torch.testing.assert_close(SignSymmetryNormalized()(weight).double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 512])
+@pytest.mark.parametrize("spoilt", [1, 1024])
+def test_strict_normalization_hides_no_fault_of_the_weights(rows: int, spoilt: int) -> None:
+    weight = torch.ones(rows, 1024)
+    weight[:, :spoilt] = float("nan")
+    assert SignSymmetryNormalized()(weight).isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(6,), (4, 3), (2, 3, 3, 5), (0, 3)])
 def test_strict_normalization_is_equation_5_for_any_shape(shape: tuple[int, ...]) -> None:
     weight, rule = torch.randn(shape, dtype=torch.float64), SignSymmetryNormalized()
