@@ -20,10 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fahooks import plugins
-from fahooks.plugins import InputError
+from fahooks.plugins import InputError, one_line
 from fahooks.terminal import on_terminal
 
-from .refusing import one_line, refused
+from .refusing import refused
 from .stopping import importing
 
 if TYPE_CHECKING:

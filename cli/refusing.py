@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fahooks.plugins import InputError
+from fahooks.plugins import InputError, one_line
 
 
 @contextmanager
@@ -24,9 +24,3 @@ def refused(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{what}: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """The class of an error, and its words if it has any."""
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__

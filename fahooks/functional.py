@@ -128,7 +128,7 @@ def _hand_over(output: Tensor, weight: Tensor, feedback: Feedback) -> None:
     """
     version = weight._version
 
-    def unpack(_: None) -> Tensor:
+    def unpack(_: int) -> Tensor:
         if torch.is_grad_enabled():
             if torch._C._current_graph_task_id() == -1:  # pyright: ignore[reportAttributeAccessIssue]
                 return weight  # somebody looks at the node
@@ -141,11 +141,7 @@ def _hand_over(output: Tensor, weight: Tensor, feedback: Feedback) -> None:
         return feedback_matrix(feedback, weight)
 
     node: Any = output.grad_fn
-    node._raw_saved_weight.register_hooks(_forget, unpack)
-
-
-def _forget(weight: Tensor) -> None:
-    """Nothing to keep: the weight is known to who takes its place."""
+    node._raw_saved_weight.register_hooks(id, unpack)  # a number is kept in place of W
 
 
 def _records_alone(input: Tensor, weight: Tensor, feedback: Any) -> bool:

@@ -280,12 +280,17 @@ def load_plugins() -> None:
             raise
         except (Exception, SystemExit) as error:
             package = point.dist.name if point.dist else point.value
-            reason = " ".join(str(error).split())
             warnings.warn(
-                f"plugin {point.name!r} of package {package!r} was skipped: {type(error).__name__}: {reason}",
+                f"plugin {point.name!r} of package {package!r} was skipped: {one_line(error)}",
                 PluginWarning,
                 stacklevel=2,
             )
+
+
+def one_line(error: BaseException) -> str:
+    """The class of an error, and its words if it has any."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def escaped(text: str) -> str:

@@ -25,6 +25,7 @@ from torch.autograd.graph import Node
 from fahooks import functional
 from fahooks.auditing import audit
 from fahooks.observation import as_found, edges, inputs_first, tensors, with_gradient
+from fahooks.plugins import one_line
 from fahooks.rules import Rule, targets
 from fahooks.rules.direct_matrix import DirectMatrix
 from fahooks.surgery import FeedbackLayer, feedback_rules
@@ -320,9 +321,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _broken(claim: str, error: Exception) -> Check:
-    return Check(
-        claim, (Problem("model", f"{type(error).__name__}: {' '.join(str(error).split())}"),), "the converted model does not run"
-    )
+    return Check(claim, (Problem("model", one_line(error)),), "the converted model does not run")
 
 
 def _plural(noun: str, count: int) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fahooks import plugins
-from fahooks.plugins import InputError, NameClash, PluginWarning, Registry, UnknownName, near
+from fahooks.plugins import InputError, NameClash, PluginWarning, Registry, UnknownName, near, one_line
 
 if TYPE_CHECKING:
     from tests.conftest import Installed
@@ -337,3 +337,8 @@ def test_a_plugin_that_takes_a_name_is_an_error_naming_both_packages(installed: 
         assert done.returncode == 2
         assert done.stderr.startswith("fahooks: rule 'usf_sn' is registered twice") and done.stderr.count("\n") == 1
         assert "'fahooks'" in done.stderr and "'fahooks_demo_plugin'" in done.stderr
+
+
+def test_an_error_in_one_line_has_its_class_and_its_words() -> None:
+    assert one_line(ValueError("no\n such\tname")) == "ValueError: no such name"
+    assert one_line(AssertionError()) == "AssertionError"

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from fahooks.plugins import InputError, UnknownName, models, near
+from fahooks.plugins import InputError, UnknownName, models, near, one_line
 
 UNKNOWN_OPTION = re.compile(r"unexpected keyword argument '(\w+)'")
 
@@ -41,8 +41,7 @@ def build(spec: str, /, **options: Any) -> nn.Module:
     except (Exception, SystemExit) as error:  # a factory is code of others: it may raise anything, or call sys.exit
         given = ", ".join(f"{k}={v!r}" for k, v in options.items()) or "no options"
         meant = near(unknown[1], options_for_images(spec, (0, 0, 0), 0)) if (unknown := UNKNOWN_OPTION.search(str(error))) else ""
-        reason = f"{type(error).__name__}: {_one_line(error)}{meant}"
-        raise InputError(f"model {spec!r} could not be built with {given}: {reason}") from error
+        raise InputError(f"model {spec!r} could not be built with {given}: {one_line(error)}{meant}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec!r} did not return a torch.nn.Module, but an object of type {type(model).__name__}")
     return model
@@ -178,7 +177,7 @@ def _factory(spec: str) -> Callable[..., Any]:
         sys.modules.pop(own_name, None)
         if not isinstance(error, Exception | SystemExit):
             raise
-        raise InputError(f"importing {path!r} failed: {type(error).__name__}: {_one_line(error)}") from error
+        raise InputError(f"importing {path!r} failed: {one_line(error)}") from error
     target = getattr(module, name, None)
     if target is not None and not callable(target):
         raise InputError(f"{name!r} in {path!r} is no function that makes a model, but an object of type {type(target).__name__}")
@@ -186,7 +185,3 @@ def _factory(spec: str) -> Callable[..., Any]:
         offered = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise InputError(f"{path!r} has no function {name!r}{near(name, offered)}")
     return target
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -247,12 +247,11 @@ def weight_norm(weight: Tensor) -> Tensor:
     """
     dtype = torch.float32 if weight.element_size() < 4 else None
     norm = torch.linalg.vector_norm
-    if is_dynamo_compiling() or weight.numel() <= _ADDED_IN_ONE_GO:
+    if is_dynamo_compiling():
         return norm(weight, dtype=dtype)
     return norm(norm(weight, dim=_WITHIN_ROWS[weight.dim()], dtype=dtype))
 
 
-_ADDED_IN_ONE_GO = 2**17  # weights, up to which the error of float32 stays below 1e-6
 _WITHIN_ROWS = tuple(tuple(range(1, dimensions)) for dimensions in range(65))  # 64 are the most that torch reduces
 
 

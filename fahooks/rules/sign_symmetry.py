@@ -131,13 +131,15 @@ class SignSymmetryNormalized(Rule):
 
     def forward(self, weight: Tensor) -> Tensor:
         """B = norm(W) sign(W) / norm(sign(W)), L2 norms; zero where W is all zero."""
+        if torch.is_grad_enabled():
+            weight = weight.detach()
         norm, signs = weight_norm(weight), sign(weight)
         if not (weight.is_cpu and not is_dynamo_compiling() and type(weight) in ORDINARY):
-            # Sums of ones are exact in whatever order, up to some hundred million.
+            # Sums of ones are exact up to 2**24 in any order, and up to some hundred million added up side by side as here.
             sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
             return signs.mul_((norm / sign_norm.clamp_min(1)).to(weight.dtype))
-        # No device has to be waited for here. Few calls are what small weights ask for, and large ones to be read fast: a product
-        # tells in half a norm's time that no sign is zero.
+        # On a CPU, where nobody waits for a number, the shortest way. A factor that is a tensor needs no cast to one, which takes
+        # longer than all else for a small weight; that no sign is zero a product tells in half a norm's time.
         if signs.numel() < _LARGE:
             sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
             return signs.mul_(norm / sign_norm if sign_norm.item() else norm)
@@ -146,4 +148,4 @@ class SignSymmetryNormalized(Rule):
 
 
 _LARGE = 2**19
-"""Weights, from so many on of which reading them takes longer than calling torch once more."""
+"""From this many weights on, reading them takes longer than a cast of one number."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fahooks.data import Batch, Stream
 from fahooks.observation import as_found
-from fahooks.plugins import InputError
+from fahooks.plugins import InputError, one_line
 from fahooks.recipe import Recipe
 from fahooks.rules import targets
 from fahooks.surgery import feedback_rules
@@ -45,8 +45,7 @@ def try_on(model: nn.Module, name: str, batch: Batch, classes: int, autocast: to
     except InputError:
         raise
     except Exception as error:  # a model is code of others: it may raise anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UnfitModel(f"model {name!r} does not run on images of shape {shape} (CxHxW): {reason}") from error
+        raise UnfitModel(f"model {name!r} does not run on images of shape {shape} (CxHxW): {one_line(error)}") from error
     finally:
         for module, mode in modes:
             module.training = mode

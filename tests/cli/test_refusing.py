@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fahooks.cli.refusing import one_line, refused
+from fahooks.cli.refusing import refused
 from fahooks.plugins import InputError
 
 
@@ -25,7 +25,3 @@ def test_what_says_itself_what_is_wrong_is_left_as_it_is() -> None:
 def test_a_stop_is_no_error(stop: type[BaseException]) -> None:
     with pytest.raises(stop), refused("'mine' does not run"):
         raise stop
-
-
-def test_an_error_without_words_has_a_name() -> None:
-    assert one_line(AssertionError()) == "AssertionError"
