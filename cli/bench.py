@@ -18,7 +18,7 @@ from .refusing import refused
 from .stopping import importing
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from fahooks.benchmark import Timing
 
@@ -83,8 +83,7 @@ def step(
     images = torch.randn(batch, *shape, generator=generator).to(device)
     images = images.contiguous(memory_format=torch.channels_last) if channels_last else images
     labels = torch.randint(classes, (batch,), generator=generator).to(device)
-    with refused(f"{model!r} does not run on {batch} images of shape {shape} (--batch and --image set others)"), torch.no_grad():
-        make()(images)
+    _check_learns(model, make(), images, classes)
     timings = benchmark.compare(
         make, {name: name for name in chosen}, images, labels, rounds=rounds, compiled=compiled, bf16=bf16
     )
@@ -141,6 +140,21 @@ def _maker(
         return model.to(memory_format=torch.channels_last) if channels_last else model  # pyright: ignore[reportCallIssue]
 
     return shape, make
+
+
+def _check_learns(name: str, model: nn.Module, images: Tensor, classes: int) -> None:
+    """Refuse a model that can not take a step on such images."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    batch, *shape = images.shape
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"{name!r} has no parameters to train")
+    with torch.no_grad():
+        with refused(f"{name!r} does not run on {batch} images of shape {tuple(shape)} (--batch and --image set others)"):
+            outputs = model(images)
+        with refused(f"{name!r} does not return a number for each of {classes} classes (--classes sets how many)"):
+            cross_entropy(outputs, torch.full((batch,), classes - 1, device=images.device))
 
 
 def _where(device: str, threads: int) -> str:

@@ -223,6 +223,25 @@ def test_left_out_names_what_was_left_to_backpropagation_as_asked() -> None:
     assert "table" in report.skipped
 
 
+def test_what_can_not_be_converted_can_be_left_out_as_asked() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(3, 4)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.gru(x)[0])
+
+    net, x = Reader(), torch.randn(5, 2, 3)
+    report = fahooks.convert(net)
+    assert report.left_out == []
+    assert not fahooks.audit(net, x, ignore=report.left_out).clean, "control"
+    report = fahooks.convert(net, exclude="gru")
+    assert (report.left_out, report.converted, report.skipped) == (["gru"], ["head"], {"gru": "excluded"})
+    assert fahooks.audit(net, x, ignore=report.left_out).clean
+
+
 class Weightless(nn.Linear):
     def __init__(self) -> None:
         super().__init__(2, 2)

@@ -6,6 +6,7 @@ B takes the signs of the live W; what differs is its magnitude. sign(0) = 0: a p
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -143,9 +144,15 @@ class SignSymmetryNormalized(Rule):
         if signs.numel() < _LARGE:
             sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
             return signs.mul_(norm / sign_norm if sign_norm.item() else norm)
-        ones = signs.numel() if signs.prod().item() else int(signs.count_nonzero())
-        return signs.mul_(norm.item() / math.sqrt(max(1, ones)))
+        ones = signs.numel() if signs.prod().item() else max(1, int(signs.count_nonzero()))
+        return signs.mul_(norm / _root(ones, norm.dtype))
 
 
 _LARGE = 2**19
-"""From this many weights on, reading them takes longer than a cast of one number."""
+"""From this many weights on, reading them takes longer than one call more."""
+
+
+@lru_cache(maxsize=64)
+def _root(number: int, dtype: torch.dtype) -> Tensor:
+    """The square root as a tensor, kept for the next step."""
+    return torch.tensor(math.sqrt(number), dtype=dtype, device="cpu")

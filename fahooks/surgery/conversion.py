@@ -16,7 +16,7 @@ from fahooks.rules.base import Rule, check_model
 from fahooks.rules.passes import Passes, WholeModelRule, passes_of
 from fahooks.surgery.choice import Choice, RuleLike, rule_chooser
 from fahooks.surgery.layer import FeedbackLayer, functional_weight, swap, unswap
-from fahooks.surgery.report import BETWEEN_BLOCKS, LEFT_BY_BP, NO_PATTERN, LayerReport, Report
+from fahooks.surgery.report import BETWEEN_BLOCKS, EXCLUDED, LEFT_BY_BP, NO_PATTERN, LayerReport, Report
 from fahooks.surgery.selection import Selector, reasons_unselected
 from fahooks.surgery.sites import (
     ConversionError,
@@ -82,7 +82,9 @@ def convert(
     between: dict[str, Choice] = {}
     blocks: dict[str, tuple[Site, Choice]] = {}
     for site in sites:
-        reason = site.obstacle or selected[site.name]
+        reason = selected[site.name]
+        if reason != EXCLUDED:  # what can not be converted can still be left out as asked
+            reason = site.obstacle or reason
         new = None
         if reason is None:
             choice = choose(site)

@@ -77,7 +77,7 @@ class Report:
 
     @property
     def left_out(self) -> list[str]:
-        """Names of the layers that could have been converted, and were left to backpropagation as asked."""
+        """Names of the layers that were left to backpropagation as asked; by `exclude`, also those that no rule could serve."""
         return [layer.name for layer in self.layers if layer.reason in LEFT_AS_ASKED]
 
     @property

@@ -63,6 +63,34 @@ def test_a_model_that_does_not_run_on_such_images_is_refused_in_one_line():
     assert "does not run on 2 images of shape (3, 37, 37) (--batch and --image set others): AssertionError" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("(self.layer(x.mean((2, 3))),)", "does not return a number for each of 10 classes (--classes sets how many): Type"),
+        ("self.layer(x.mean((2, 3)))[:, :9]", "does not return a number for each of 10 classes (--classes sets how many): Index"),
+        ("self.layer(x.mean((2, 3))).detach()", "has no parameters to train"),
+    ],
+    ids=["a tuple", "too few", "nothing to train"],
+)
+def test_a_model_that_takes_no_step_is_refused_in_one_line(tmp_path: Path, returned: str, message: str):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    input_size = (3, 4, 4)\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        f"        self.layer = nn.Linear(3, 10).requires_grad_({'detach' not in returned})\n"
+        "    def forward(self, x):\n"
+        f"        return {returned}\n"
+        "def make():\n"
+        "    return Net()\n"
+    )
+    done = CliRunner().invoke(main, ["bench", "step", f"{file}:make", "--batch", "2", "--rules", "fa"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"fahooks: '{file}:make' {message}") and done.stderr.count("\n") == 1
+
+
 def test_bench_loop_compares_the_loop_with_a_minimal_one():
     settings = ["--set=data.limit=200", "--set=train.device=cpu"]
     done = CliRunner().invoke(main, ["bench", "loop", "quickstart", "--rounds", "2", *settings])
