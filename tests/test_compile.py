@@ -236,6 +236,35 @@ def test_a_compiled_first_step_draws_the_matrices_of_direct_rules(learn: Learn, 
     assert twin.state_dict().keys() == model.state_dict().keys()
 
 
+@pytest.mark.parametrize("rule", fahooks.list_rules())
+def test_each_rule_serves_batches_of_any_size(rule: str) -> None:
+    """In training, that is for images that need no gradient."""
+    compilations: list[Any] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compilations.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+        torch.manual_seed(0)
+        labels = torch.arange(len(x)) % 3
+        with fahooks.targets(model, labels):
+            loss = nn.functional.cross_entropy(model(x), labels)
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    _, model = pair(
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(36, 3)), rule
+    )
+    batches = [torch.randn(size, 3, 6, 6) for size in (4, 3, 7)]
+    gradients(model, batches[0])  # dense_fa draws its matrices in the first step
+    twin = copy.deepcopy(model)
+    twin.compile(fullgraph=True, backend=count, dynamic=True)
+    for x in batches:
+        expected, found = gradients(model, x), gradients(twin, x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(compilations) <= 2, "three sizes"
+
+
 def test_a_compiled_first_step_of_dense_fa_says_what_to_do() -> None:
     _, model = pair(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), "dense_fa")
     model.compile(fullgraph=True, backend="aot_eager")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from fahooks.plugins import InputError
 from fahooks.rules.base import Layout, check_choice
 from fahooks.rules.drawing import check_draw, deviation, random_matrix
+
+Shape: TypeAlias = tuple[int, int, int]
+"""[N, C, P]: samples, channels and positions."""
 
 FEEDBACK = ("dense", "channel", "seeded")
 
@@ -53,7 +57,7 @@ class DirectMatrix(nn.Module):
         self.gain = gain
         self.sizes: tuple[int, int] | None = None
 
-    def forward(self, error: Tensor, shape: torch.Size, *, channels_last: bool = False, turned: bool = False) -> Tensor:
+    def forward(self, error: Tensor, shape: Shape, *, channels_last: bool = False, turned: bool = False) -> Tensor:
         """B e for a batch, cast to the dtype of e.
 
         Arguments:
@@ -91,13 +95,13 @@ class DirectMatrix(nn.Module):
         signal = signal.view(shape)
         return signal.transpose(1, 2).contiguous().transpose(1, 2) if turned else signal
 
-    def prepare(self, error: Tensor, shape: torch.Size) -> None:
+    def prepare(self, error: Tensor, shape: Shape) -> None:
         """Draw the matrix if it is to be kept and was not drawn yet; of an error only its sizes, dtype and device are read."""
         if self.values is None and self.feedback != "seeded":
             drawn = torch.cat([part for _, _, part in self._slices(error, shape, torch.device("cpu"))])
             self.values = drawn.to(error.device, torch.promote_types(error.dtype, torch.float32))
 
-    def _kept(self, error: Tensor, shape: torch.Size) -> Tensor:
+    def _kept(self, error: Tensor, shape: Shape) -> Tensor:
         """The matrix that is kept, drawn at its first use."""
         self.prepare(error, shape)
         assert self.values is not None
@@ -106,7 +110,7 @@ class DirectMatrix(nn.Module):
             self.values = self.values.to(error.device)
         return self.values.to(error.dtype)
 
-    def _check_sizes(self, error: Tensor, shape: torch.Size) -> None:
+    def _check_sizes(self, error: Tensor, shape: Shape) -> None:
         """Refuse other sizes than the first ones: B is one matrix, also where it is drawn anew at each use.
 
         Raises:
@@ -127,13 +131,13 @@ class DirectMatrix(nn.Module):
                 f"{sizes[1]} and {sizes[0]}: sizes must stay{hint}"
             )
 
-    def _sizes(self, error: Tensor, shape: torch.Size) -> tuple[int, int]:
+    def _sizes(self, error: Tensor, shape: Shape) -> tuple[int, int]:
         """Rows and columns of what is drawn."""
         if self.feedback == "channel":
             return shape[1], error.shape[1]
         return shape[1] * shape[2], error.shape[1] * error.shape[2]
 
-    def _slices(self, error: Tensor, shape: torch.Size, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+    def _slices(self, error: Tensor, shape: Shape, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
         """First row, row after the last, and values of each slice."""
         rows, columns = self._sizes(error, shape)
         spread = deviation(init=self.init, gain=self.gain, fan_in=shape[1] * shape[2], fan_out=error.shape[1] * error.shape[2])
@@ -196,10 +200,10 @@ class Units:
             raise InputError(f"a tensor of shape {tuple(self.shape)} can not be divided among a batch of {self.samples}")
 
     @property
-    def folded(self) -> torch.Size:
-        """The shape [N, C, P]."""
+    def folded(self) -> Shape:
+        """The shape [N, C, P]; a `torch.Size` made of sizes that a compiler keeps open it could not take to the backward pass."""
         channels = self.shape[1] if self.layout == "channels first" else self.shape[-1]
-        return torch.Size((self.samples, channels, self.shape.numel() // (self.samples * channels)))
+        return self.samples, channels, math.prod(self.shape) // (self.samples * channels)
 
     def fold(self, tensor: Tensor) -> Tensor:
         """A tensor of these units as [N, C, P]."""
