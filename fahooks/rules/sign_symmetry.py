@@ -6,7 +6,6 @@ B takes the signs of the live W; what differs is its magnitude. sign(0) = 0: a p
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -139,20 +138,14 @@ class SignSymmetryNormalized(Rule):
             # Sums of ones are exact up to 2**24 in any order, and up to some hundred million added up side by side as here.
             sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
             return signs.mul_((norm / sign_norm.clamp_min(1)).to(weight.dtype))
-        # On a CPU, where nobody waits for a number, the shortest way. A factor that is a tensor needs no cast to one, which takes
-        # longer than all else for a small weight; that no sign is zero a product tells in half a norm's time.
+        # On a CPU, where nobody waits for a number, the shortest way. A factor that stays a tensor is not cast back to one, which
+        # a small weight feels; that no sign is zero a product tells in half a norm's time.
         if signs.numel() < _LARGE:
             sign_norm = torch.linalg.vector_norm(signs, dtype=norm.dtype)
             return signs.mul_(norm / sign_norm if sign_norm.item() else norm)
-        ones = signs.numel() if signs.prod().item() else max(1, int(signs.count_nonzero()))
-        return signs.mul_(norm / _root(ones, norm.dtype))
+        ones = signs.numel() if signs.prod().item() else int(signs.count_nonzero())
+        return signs.mul_(norm.item() / math.sqrt(max(1, ones)))
 
 
 _LARGE = 2**19
-"""From this many weights on, reading them takes longer than one call more."""
-
-
-@lru_cache(maxsize=64)
-def _root(number: int, dtype: torch.dtype) -> Tensor:
-    """The square root as a tensor, kept for the next step."""
-    return torch.tensor(math.sqrt(number), dtype=dtype, device="cpu")
+"""From this many weights on, reading them takes longer than a cast of one number."""

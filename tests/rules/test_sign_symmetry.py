@@ -29,11 +29,10 @@ def drawn(**options: Any) -> Tensor:
     return feedback_rules(layer)[""].get_buffer("matrix")
 
 
-def normalised(weight: Tensor) -> Tensor:
-    """Eq. 5, number by number."""
-    norm = sum(w**2 for w in weight.flatten().tolist()) ** 0.5
-    ones = sum(w != 0 for w in weight.flatten().tolist()) ** 0.5
-    return weight.sign() * norm / max(ones, 1)
+def equation_5(weight: Tensor) -> Tensor:
+    """Eq. 5 in float64."""
+    weight = weight.double()
+    return weight.square().sum().sqrt() * weight.sign() / max(1, int((weight != 0).sum())) ** 0.5
 
 
 # Rule, options, and the feedback matrix that it is to send for a weight.
@@ -45,7 +44,7 @@ RULES: list[tuple[str, dict[str, Any], Callable[[Tensor], Tensor]]] = [
     ("usf_init", {"gain": 2.0}, lambda weight: 2 * drawn().abs() * weight.sign()),
     ("frsf", {}, lambda weight: drawn(distribution="uniform").abs() * weight.sign()),
     ("frsf", {"init": "fan_in"}, lambda weight: drawn(distribution="uniform", init="fan_in").abs() * weight.sign()),
-    ("usf_sn", {}, normalised),
+    ("usf_sn", {}, equation_5),
 ]
 
 each_rule = pytest.mark.parametrize(("rule", "options", "feedback"), RULES, ids=[f"{name} {o or ''}" for name, o, _ in RULES])
@@ -142,12 +141,6 @@ def test_strict_normalization_counts_the_zeros_of_small_and_large_weights(rows: 
     weight.view(-1)[: {"none": 0, "one": 1, "half": rows * 512, "all": rows * 1024}[zeros]] = 0
     matrix = SignSymmetryNormalized()(weight.as_subclass(kind)).as_subclass(Tensor)
     torch.testing.assert_close(matrix.double(), equation_5(weight), rtol=1e-6, atol=0)
-
-
-def equation_5(weight: Tensor) -> Tensor:
-    """Eq. 5 in float64."""
-    weight = weight.double()
-    return weight.square().sum().sqrt() * weight.sign() / max(1, int(weight.count_nonzero())) ** 0.5
 
 
 @pytest.mark.parametrize("kind", [Tensor, Tagged])
