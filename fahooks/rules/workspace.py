@@ -1,7 +1,9 @@
 """Memory for matrices that are gone when the backward pass of their layer is over.
 
 Fresh memory costs a page fault every 4 KiB wherever the allocator has given the last layer's back to the system, and on a virtual
-machine that can take longer than all else that a sign rule does. Whether it has depends on the order of allocations.
+machine that can take longer than all else that a sign rule does. Whether it has depends on the order of allocations. Where the
+allocator is known to keep what is freed (`fahooks.training.device.tune_allocator`), the memory that it gives was written to last,
+and is still in the caches: nothing is then kept here.
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ SMALLEST, LARGEST = 2**18, 2**25
 """Bytes of the matrices that are served. Smaller ones the allocator has at hand; larger ones would be much to keep."""
 
 
+allocator_keeps = False
+"""Whether the process keeps the memory that it frees."""
+
+
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.blocks: dict[torch.dtype, tuple[Tensor, int, int]] = {}
@@ -30,9 +36,9 @@ def sign(weight: Tensor) -> Tensor:
     """The signs of a weight, as `Tensor.sign` gives them.
 
     On a CPU, inside of a backward pass, its memory is used again by a later call of the same thread, once nobody holds it any
-    more. A thread keeps at most 32 MiB for each dtype.
+    more, unless the allocator sees to that. A thread keeps at most 32 MiB for each dtype.
     """
-    if not SMALLEST <= weight.nbytes <= LARGEST or not _is_served(weight):
+    if allocator_keeps or not SMALLEST <= weight.nbytes <= LARGEST or not _is_served(weight):
         return weight.sign()
     block, storage, alone = _kept.blocks.get(weight.dtype, (None, 0, 0))
     if block is None or block.numel() < weight.numel() or _holders(storage) > alone:

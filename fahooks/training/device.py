@@ -13,6 +13,7 @@ import torch
 from fahooks.data.threads import usable_cores
 from fahooks.plugins import Doubtful, InputError
 from fahooks.recipe import Recipe
+from fahooks.rules import workspace
 from fahooks.training.distributed import rank
 
 REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,7 +87,7 @@ def tune_allocator() -> None:
     libc = ctypes.CDLL(None)
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
-    libc.mallopt(M_TRIM_THRESHOLD, HEAP)
+    workspace.allocator_keeps = bool(libc.mallopt(M_TRIM_THRESHOLD, HEAP))
     # The heap grows at once to its full size, which takes no memory yet, since what grows later is not what was asked for here.
     begin = libc.sbrk(0)
     libc.mallopt(M_TOP_PAD, HEAP - 2 * LARGEST_BLOCK)

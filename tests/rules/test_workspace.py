@@ -13,6 +13,11 @@ from fahooks.surgery import feedback_rules
 WEIGHT = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def unknown_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "allocator_keeps", False)  # another test may have tuned it
+
+
 def in_backward(act: Any) -> Any:
     """What `act` returns when it is called in a backward pass."""
     found = []
@@ -55,6 +60,14 @@ def test_signs_are_those_of_torch(dtype: torch.dtype, layout: str, shape: tuple[
     expected = weight.sign()
     for found in (workspace.sign(weight), in_backward(lambda: workspace.sign(weight).clone())):
         assert torch.equal(found, expected) and found.dtype == dtype and found.stride() == expected.stride()
+
+
+def test_nothing_is_kept_where_the_allocator_keeps_what_is_freed(monkeypatch: pytest.MonkeyPatch):
+    kept = in_backward(lambda: place(WEIGHT))
+    monkeypatch.setattr(workspace, "allocator_keeps", True)
+    one, other, again = in_backward(lambda: [workspace.sign(WEIGHT) for _ in range(3)])
+    assert len({kept, one.data_ptr(), other.data_ptr(), again.data_ptr()}) == 4
+    assert torch.equal(one, WEIGHT.sign())
 
 
 def test_outside_of_a_backward_pass_nothing_is_kept():

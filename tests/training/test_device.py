@@ -81,13 +81,15 @@ def test_processes_share_no_gpu(monkeypatch: pytest.MonkeyPatch):
 
 
 FAULTS = """
-import ctypes, resource, sys
+import ctypes, os, resource, sys
 import torch
+from fahooks.rules import workspace
 from fahooks.training.device import M_MMAP_THRESHOLD, tune_allocator
 
 ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
 if sys.argv[1] == "kept":
     tune_allocator()
+assert workspace.allocator_keeps == (sys.argv[1] == "kept" and "MALLOC_MMAP_THRESHOLD_" not in os.environ)
 counts = []
 for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
