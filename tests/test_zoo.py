@@ -6,15 +6,20 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import fahooks
 from fahooks.surgery import feedback_rules
+from tests.zoo.__main__ import main
 from tests.zoo.exactness import Gradients, distance, learn, require_same_bits, require_same_gradients
 from tests.zoo.names import check_by_name, family, small
 
@@ -142,6 +147,26 @@ torchvision/vit_b_16
 def test_conversion_is_exact(name: str):
     _, weights = check_by_name(name)
     assert weights > 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["--match", "no-such/*"], ["--all", "--shard", "3/2"], ["--all", "--shard", "1"]])
+def test_what_names_no_model_is_refused(arguments: list[str], tmp_path: Path):
+    assert CliRunner().invoke(main, [*arguments, "--results", str(tmp_path / "zoo.csv")]).exit_code == 2
+
+
+def test_what_was_checked_is_not_checked_again_and_stands_in_the_table(tmp_path: Path):
+    page, results = tmp_path / "new" / "zoo.md", tmp_path / "zoo.csv"
+
+    def zoo(*selection: str) -> str:
+        command = [sys.executable, "-m", "tests.zoo", *selection, "--results", str(results), "--table", str(page)]
+        return subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True).stdout
+
+    assert zoo("--match", "timm/test_vit4").split()[:2] == ["timm/test_vit4", "pass"]
+    row = "| timm.models.vision_transformer | 1 | 1 | 0 | 0 |"
+    for selection in (["--match", "timm/test_vit4"], []):
+        page.unlink()
+        assert zoo(*selection) == ""
+        assert row in page.read_text(encoding="utf-8")
 
 
 def test_every_family_of_timm_is_there():

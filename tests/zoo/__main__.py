@@ -26,10 +26,19 @@ from tests.zoo.exactness import Inexact, TooSmall
 from tests.zoo.names import Unfit, all_names, check_by_name, family
 
 
+def _shard(context: click.Context, option: click.Parameter, value: str) -> slice:
+    first, _, step = value.partition("/")
+    if not (first.isdecimal() and step.isdecimal() and 1 <= int(first) <= int(step)):
+        raise click.BadParameter(f"I/N with 1 <= I <= N, not {value!r}")
+    return slice(int(first) - 1, None, int(step))
+
+
 @click.command(help=__doc__)
 @click.option("--all", "everything", is_flag=True, help="Every model.")
 @click.option("--match", multiple=True, metavar="GLOB", help="Models such as 'timm/beit*'; repeatable.")
-@click.option("--shard", default="1/1", show_default=True, metavar="I/N", help="Every N-th model, from the I-th on.")
+@click.option(
+    "--shard", default="1/1", show_default=True, callback=_shard, metavar="I/N", help="Every N-th model, from the I-th on."
+)
 @click.option("--workers", default=1, show_default=True, help="Processes side by side, of one thread each.")
 @click.option("--memory", default=10.0, show_default=True, help="GiB that one process may take.")
 @click.option("--minutes", default=15.0, show_default=True, help="How long one model may take.")
@@ -39,7 +48,7 @@ from tests.zoo.names import Unfit, all_names, check_by_name, family
 def main(
     everything: bool,
     match: tuple[str, ...],
-    shard: str,
+    shard: slice,
     workers: int,
     memory: float,
     minutes: float,
@@ -52,12 +61,14 @@ def main(
     done = table.read(results)
     finished = {name for name, row in done.items() if not again or row["result"] == "pass"}
     names = [name for name in all_names() if everything or any(fnmatch.fnmatchcase(name, glob) for glob in match)]
-    first, _, step = shard.partition("/")
-    names = [name for name in names[int(first) - 1 :: int(step)] if name not in finished]
-    for row in _side_by_side(names, workers, memory * 2**30, 60 * minutes):
+    if not names and (match or page is None):
+        raise click.UsageError(f"--match {' '.join(match)} fits no model" if match else "which models? --all, or --match GLOB")
+    left = [name for name in names[shard] if name not in finished]
+    for row in _side_by_side(left, workers, memory * 2**30, 60 * minutes):
         table.append(results, row)
         click.echo(f"{row['name']:50} {row['result']:8} {row['seconds']:6.1f} s  {row['reason']}")
     if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
         table.write(page, results)
 
 
