@@ -2,8 +2,8 @@
 
 Fresh memory costs a page fault every 4 KiB wherever the allocator has given the last layer's back to the system, and on a virtual
 machine that can take longer than all else that a sign rule does. Whether it has depends on the order of allocations. Where the
-allocator is known to keep what is freed (`fahooks.training.device.tune_allocator`), the memory that it gives was written to last,
-and is still in the caches: nothing is then kept here.
+allocator is known to keep what is freed (`fahooks.training.device.tune_allocator`), nothing is kept here: its own blocks are as
+quick to get, and docs/speed.md has what they save.
 """
 
 from __future__ import annotations
