@@ -60,7 +60,7 @@ def step(
     """Time a training step of MODEL by each rule, beside backpropagation, in one process and in turns.
 
     MODEL is timm/NAME, torchvision/NAME, a registered name such as paper/mnist, or path/to/file.py:factory. Rows are medians over
-    rounds with quartiles. `backprop again` is a second copy of backpropagation: no ratio says more than its own.
+    rounds with quartiles. `backprop again` is backpropagation once more: no ratio says more than its own.
     """
     # torch's profiler, which measures memory, reports on itself otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -1,7 +1,8 @@
 """How long a training step takes by each rule, beside plain backpropagation.
 
 All contestants live in one process and take turns, in an order that is rotated from round to round; at its turn each takes two
-steps, of which the second is timed. Every time is compared with that of backpropagation in the same round. A second copy of
+steps, of which the second is timed. They train the same weights, in the same memory, since copies are slower or faster by where
+they happen to lie. Every time is compared with that of backpropagation in the same round. A second contestant with
 backpropagation, the A/A control, shows what a ratio is worth on this machine: where it is not near 1, no other ratio tells
 anything.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -101,7 +103,7 @@ def compare(
         bf16: run the forward pass under autocast to bfloat16.
 
     Returns:
-        Backpropagation, its second copy, and the rules in the order given.
+        Backpropagation, once more as the control, and the rules in the order given.
 
     Raises:
         InputError: there is no round.
@@ -109,8 +111,13 @@ def compare(
     if rounds < 1:
         raise InputError(f"rounds must be at least 1, got {rounds}")
 
+    weights = make()
+    momenta: defaultdict[Tensor, Any] = defaultdict(dict)
+
     def enter(name: str, rule: Any) -> _Contestant:
-        return _contestant(name, make(), rule, images, labels, compiled=compiled, bf16=bf16)
+        model = make()
+        _share(model, weights)
+        return _contestant(name, model, momenta, rule, images, labels, compiled=compiled, bf16=bf16)
 
     contestants = [enter(BASELINE, None), enter(CONTROL, None), *(enter(name, rule) for name, rule in rules.items())]
     for contestant in contestants * WARM_UP:
@@ -133,13 +140,29 @@ def compare(
     ]
 
 
+def _share(model: nn.Module, other: nn.Module) -> None:
+    """Have a model compute with the parameters and buffers of another one that was made alike."""
+    for mine, theirs in zip(model.modules(), other.modules(), strict=True):
+        mine._parameters.update(theirs._parameters)
+        mine._buffers.update(theirs._buffers)
+
+
 def _contestant(
-    name: str, model: nn.Module, rule: Any, images: Tensor, labels: Tensor, *, compiled: bool, bf16: bool
+    name: str,
+    model: nn.Module,
+    momenta: defaultdict[Tensor, Any],
+    rule: Any,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    compiled: bool,
+    bf16: bool,
 ) -> _Contestant:
     if rule is not None:
         convert(model, rule)
     rules = feedback_rules(model)
     optimizer = SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    optimizer.state = momenta
     if any(rule.learns for rule in rules.values()):
         attach(model, optimizer)
     forward: Any = model

@@ -150,6 +150,24 @@ def test_the_benchmark_sees_time_memory_and_state():
     )
 
 
+def test_all_contestants_train_the_same_weights():
+    made: list[nn.Module] = []
+
+    def once_more() -> nn.Module:
+        made.append(make("timm/test_byobnet"))
+        return made[-1]
+
+    images, labels = batch()
+    before = once_more().state_dict()
+    benchmark.compare(once_more, {"fa": "fa", "kp": "kp"}, images, labels, rounds=1)
+    _, first, *others = made
+    assert len(others) == 4
+    assert any(not torch.equal(value, before[name]) for name, value in first.named_parameters()), "control: they train"
+    for other in others:
+        assert all(other.get_parameter(name) is value for name, value in first.named_parameters())
+        assert all(other.get_buffer(name) is value for name, value in first.named_buffers())
+
+
 def test_the_benchmark_runs_in_bfloat16():
     assert set(contestants(bf16=True)["fa"].milliseconds) == {"cpu", "wall"}
 
