@@ -18,6 +18,8 @@ from hypothesis import settings
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fahooks.rules import workspace
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Tests run side by side; more threads than cores only slow them down.
@@ -28,6 +30,12 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Shapes are tiny, but a busy machine may still stop for longer than the deadline of a single example.
 settings.register_profile("fahooks", deadline=None)
 settings.load_profile("fahooks")
+
+
+@pytest.fixture(autouse=True)
+def unknown_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sign rules keep memory of their own, whether or not a test before has tuned the allocator."""
+    monkeypatch.setattr(workspace._kept, "left_to_allocator", False)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fahooks
 from fahooks.surgery import feedback_rules
+from tests.zoo import __main__ as zoo
 from tests.zoo.__main__ import main
 from tests.zoo.exactness import Gradients, distance, learn, require_same_bits, require_same_gradients
 from tests.zoo.names import check_by_name, family, small
@@ -149,24 +150,45 @@ def test_conversion_is_exact(name: str):
     assert weights > 2
 
 
-@pytest.mark.parametrize("arguments", [[], ["--match", "no-such/*"], ["--all", "--shard", "3/2"], ["--all", "--shard", "1"]])
-def test_what_names_no_model_is_refused(arguments: list[str], tmp_path: Path):
-    assert CliRunner().invoke(main, [*arguments, "--results", str(tmp_path / "zoo.csv")]).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "which models?"),
+        (["--match", "timm/test_vit4", "--match", "timm/resnet81", "--table", "zoo.md"], "did you mean 'timm/resnet"),
+        (["--match", "timm/test_vit4", "--shard", "3/2"], "not '3/2'"),
+        (["--match", "timm/test_vit4", "--shard", "0/2"], "not '0/2'"),
+        (["--match", "timm/test_vit4", "--shard", "1"], "not '1'"),
+    ],
+)
+def test_what_names_no_model_is_refused(arguments: list[str], message: str, tmp_path: Path):
+    results = tmp_path / "new" / "zoo.csv"
+    found = CliRunner().invoke(main, [*arguments, "--results", str(results)])
+    assert found.exit_code == 2 and message in found.output, found.output
+    assert not results.parent.exists()
 
 
 def test_what_was_checked_is_not_checked_again_and_stands_in_the_table(tmp_path: Path):
     page, results = tmp_path / "new" / "zoo.md", tmp_path / "zoo.csv"
-
-    def zoo(*selection: str) -> str:
-        command = [sys.executable, "-m", "tests.zoo", *selection, "--results", str(results), "--table", str(page)]
-        return subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True).stdout
-
-    assert zoo("--match", "timm/test_vit4").split()[:2] == ["timm/test_vit4", "pass"]
-    row = "| timm.models.vision_transformer | 1 | 1 | 0 | 0 |"
+    where = ["--results", str(results), "--table", str(page)]
+    command = [sys.executable, "-m", "tests.zoo", "--match", "timm/test_vit4", *where]
+    found = subprocess.run(command, cwd=Path(__file__).parents[1], check=False, capture_output=True, text=True)
+    assert found.stdout.split()[:2] == ["timm/test_vit4", "pass"], found.stderr
     for selection in (["--match", "timm/test_vit4"], []):
         page.unlink()
-        assert zoo(*selection) == ""
-        assert row in page.read_text(encoding="utf-8")
+        again = CliRunner().invoke(main, [*selection, *where])
+        assert (again.exit_code, again.output) == (0, "")
+        assert "| timm.models.vision_transformer | 1 | 1 | 0 | 0 |" in page.read_text(encoding="utf-8")
+
+
+def test_shards_are_all_models_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    monkeypatch.setattr(zoo, "_side_by_side", lambda names, *limits: asked.extend(names) or ())
+    for shard in ("1/3", "2/3", "3/3"):
+        before = len(asked)
+        arguments = ["--match", "timm/test_*", "--shard", shard, "--results", str(tmp_path / "zoo.csv")]
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+        assert len(asked) > before
+    assert sorted(asked) == [name for name in zoo.all_names() if name.startswith("timm/test_")]
 
 
 def test_every_family_of_timm_is_there():

@@ -1,9 +1,8 @@
 """Memory for matrices that are gone when the backward pass of their layer is over.
 
 Fresh memory costs a page fault every 4 KiB wherever the allocator has given the last layer's back to the system, and on a virtual
-machine that can take longer than all else that a sign rule does. Whether it has depends on the order of allocations. Where the
-allocator is known to keep what is freed (`fahooks.training.device.tune_allocator`), nothing is kept here: its own blocks are as
-quick to get, and docs/speed.md has what they save.
+machine that can take longer than all else that a sign rule does. Whether it has depends on the order of allocations. A thread
+whose allocator is known to keep what is freed (`fahooks.training.device.tune_allocator`) leaves it to that.
 """
 
 from __future__ import annotations
@@ -19,26 +18,30 @@ SMALLEST, LARGEST = 2**18, 2**25
 """Bytes of the matrices that are served. Smaller ones the allocator has at hand; larger ones would be much to keep."""
 
 
-allocator_keeps = False
-"""Whether the process keeps the memory that it frees."""
-
-
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.blocks: dict[torch.dtype, tuple[Tensor, int, int]] = {}
         """By dtype a block, the address of its storage's C++ object, and how many hold that object while nobody else does."""
 
+        self.left_to_allocator = False
+
 
 _kept = _Kept()
+
+
+def leave_to_allocator() -> None:
+    """Keep nothing for the calling thread from now on: its allocator keeps what is freed."""
+    _kept.blocks.clear()
+    _kept.left_to_allocator = True
 
 
 def sign(weight: Tensor) -> Tensor:
     """The signs of a weight, as `Tensor.sign` gives them.
 
     On a CPU, inside of a backward pass, its memory is used again by a later call of the same thread, once nobody holds it any
-    more, unless the allocator sees to that. A thread keeps at most 32 MiB for each dtype.
+    more, or left to the allocator. A thread keeps at most 32 MiB for each dtype.
     """
-    if allocator_keeps or not SMALLEST <= weight.nbytes <= LARGEST or not _is_served(weight):
+    if not SMALLEST <= weight.nbytes <= LARGEST or not _is_served(weight):
         return weight.sign()
     block, storage, alone = _kept.blocks.get(weight.dtype, (None, 0, 0))
     if block is None or block.numel() < weight.numel() or _holders(storage) > alone:
@@ -53,6 +56,7 @@ def _is_served(weight: Tensor) -> bool:
     return (
         weight.is_cpu
         and not is_dynamo_compiling()
+        and not _kept.left_to_allocator
         and type(weight) in ORDINARY
         and _current_graph_task_id() != -1
         and not torch.is_grad_enabled()

@@ -68,32 +68,37 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """What mallopt(3) calls them, and malloc.h numbers them."""
 
 LARGEST_BLOCK, LARGE_PAGE, HEAP = 2**25, 2**21, 2**31 - 2**25  # mallopt takes ints
-"""Bytes of the largest block that glibc may take from its heap, of a large page, and of the heap that is kept."""
+"""Bytes from which on glibc maps a block by itself once the heap is full, of a large page, and of the heap that is kept."""
 
 OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 """Variables of the environment that say what the allocator is to do."""
 
 
 def tune_allocator() -> None:
-    """Have the process keep the memory that it frees, up to 2 GiB and until it ends, and take it from the system in large pages.
+    """Have the calling thread keep the memory that it frees, up to 2 GiB and until the process ends, and take it in large pages.
 
     glibc gives memory back to the system where what is free at its end passes a threshold, so that by the chance of addresses a
     step finds its gradients' memory or has the system map and clear it anew, 4 KiB by 4 KiB. And weights are read once a pass,
-    with a page to be looked up every 4 KiB, or every 2 MiB. Blocks above 32 MiB are as they were. Nothing is done where the
-    environment says what the allocator is to do, or the C library is another one.
+    with a page to be looked up every 4 KiB, or every 2 MiB. Blocks above 32 MiB may still be given back. Nothing is done
+    where the environment says what the allocator is to do, or the C library is another one; nothing is gained where another
+    library serves memory, or in a thread with a heap of its own, as all but the first have.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in OF_THE_USER):
         return
     libc = ctypes.CDLL(None)
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
-    workspace.allocator_keeps = bool(libc.mallopt(M_TRIM_THRESHOLD, HEAP))
+    libc.mallopt(M_TRIM_THRESHOLD, HEAP)
     # The heap grows at once to its full size, which takes no memory yet, since what grows later is not what was asked for here.
     begin = libc.sbrk(0)
     libc.mallopt(M_TOP_PAD, HEAP - 2 * LARGEST_BLOCK)
-    libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(LARGEST_BLOCK - LARGE_PAGE))))
+    block = libc.malloc(ctypes.c_size_t(LARGEST_BLOCK - LARGE_PAGE))
+    libc.free(ctypes.c_void_p(block))
     libc.mallopt(M_TOP_PAD, 2**17)  # glibc's default
-    first, last = -(-begin // LARGE_PAGE), libc.sbrk(0) // LARGE_PAGE
+    end = libc.sbrk(0)
+    if block is not None and block < end:  # of this heap: others lie above it
+        workspace.leave_to_allocator()
+    first, last = -(-begin // LARGE_PAGE), end // LARGE_PAGE
     if last > first:  # not where the heap can not grow, or did before
         # The kernel may have no large pages: then all is as it was.
         libc.madvise(ctypes.c_void_p(first * LARGE_PAGE), ctypes.c_size_t((last - first) * LARGE_PAGE), mmap.MADV_HUGEPAGE)

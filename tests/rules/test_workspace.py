@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,11 +12,6 @@ from fahooks.rules import workspace
 from fahooks.surgery import feedback_rules
 
 WEIGHT = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def unknown_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "allocator_keeps", False)  # another test may have tuned it
 
 
 def in_backward(act: Any) -> Any:
@@ -62,12 +58,15 @@ def test_signs_are_those_of_torch(dtype: torch.dtype, layout: str, shape: tuple[
         assert torch.equal(found, expected) and found.dtype == dtype and found.stride() == expected.stride()
 
 
-def test_nothing_is_kept_where_the_allocator_keeps_what_is_freed(monkeypatch: pytest.MonkeyPatch):
-    kept = in_backward(lambda: place(WEIGHT))
-    monkeypatch.setattr(workspace, "allocator_keeps", True)
-    one, other, again = in_backward(lambda: [workspace.sign(WEIGHT) for _ in range(3)])
-    assert len({kept, one.data_ptr(), other.data_ptr(), again.data_ptr()}) == 4
-    assert torch.equal(one, WEIGHT.sign())
+def test_nothing_is_kept_for_a_thread_that_leaves_it_to_the_allocator():
+    in_backward(lambda: place(WEIGHT))
+    assert workspace._kept.blocks
+    workspace.leave_to_allocator()
+    one, other = in_backward(lambda: [workspace.sign(WEIGHT), workspace.sign(WEIGHT)])
+    assert one.data_ptr() != other.data_ptr() and torch.equal(one, WEIGHT.sign())
+    assert not workspace._kept.blocks
+    with ThreadPoolExecutor(1) as elsewhere:
+        assert elsewhere.submit(in_backward, lambda: place(WEIGHT) == place(WEIGHT)).result(), "another thread goes on as before"
 
 
 def test_outside_of_a_backward_pass_nothing_is_kept():
@@ -85,8 +84,11 @@ def test_no_more_is_kept_than_was_said():
     assert workspace._kept.blocks[torch.float32][0].nbytes <= workspace.LARGEST
 
 
+@pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("rule", ["usf", "usf_init", "usf_sn", "frsf"])
-def test_a_hook_may_keep_every_matrix(rule: str):
+def test_a_hook_may_keep_every_matrix(rule: str, left: bool):
+    if left:
+        workspace.leave_to_allocator()
     model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256), nn.Tanh(), nn.Linear(256, 512))
     fahooks.convert(model, rule)
     kept = []

@@ -81,15 +81,13 @@ def test_processes_share_no_gpu(monkeypatch: pytest.MonkeyPatch):
 
 
 FAULTS = """
-import ctypes, os, resource, sys
+import ctypes, resource, sys
 import torch
-from fahooks.rules import workspace
 from fahooks.training.device import M_MMAP_THRESHOLD, tune_allocator
 
 ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
 if sys.argv[1] == "kept":
     tune_allocator()
-assert workspace.allocator_keeps == (sys.argv[1] == "kept" and "MALLOC_MMAP_THRESHOLD_" not in os.environ)
 counts = []
 for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -130,6 +128,19 @@ while libc.sbrk(0) == begin:  # takes no memory, since nothing is written
 print(libc.sbrk(0) - begin)
 """
 
+LEFT_TO_ALLOCATOR = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from fahooks.rules import workspace
+from fahooks.training.device import tune_allocator
+
+def left():
+    tune_allocator()
+    return int(workspace._kept.left_to_allocator)
+
+print(left() if sys.argv[1] == "first thread" else ThreadPoolExecutor(1).submit(left).result())
+"""
+
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
 
 
@@ -143,6 +154,13 @@ def test_freed_memory_is_kept_for_its_next_use():
     assert number(FAULTS, "kept") < 100
     assert number(FAULTS, "given back") > 1000, "control: 128 MiB, mapped anew"
     assert number(FAULTS, "kept", MALLOC_MMAP_THRESHOLD_="65536") > 1000, "what the environment says is left alone"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not on glibc")
+def test_rules_leave_memory_to_the_allocator_where_it_keeps_what_is_freed():
+    assert number(LEFT_TO_ALLOCATOR, "first thread") == 1
+    assert number(LEFT_TO_ALLOCATOR, "another thread") == 0, "whose heap glibc gives back"
+    assert number(LEFT_TO_ALLOCATOR, "first thread", GLIBC_TUNABLES="glibc.malloc.tcache_count=7") == 0
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not on glibc")

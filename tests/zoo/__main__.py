@@ -21,6 +21,7 @@ from typing import Any
 import click
 import torch
 
+from fahooks.plugins import near
 from tests.zoo import table
 from tests.zoo.exactness import Inexact, TooSmall
 from tests.zoo.names import Unfit, all_names, check_by_name, family
@@ -57,12 +58,16 @@ def main(
     page: Path | None,
 ) -> None:
     """Check, then write the table."""
+    known = all_names()
+    for glob in match:
+        if not fnmatch.filter(known, glob):
+            raise click.UsageError(f"--match {glob!r} fits no model{near(glob, known)}")
+    if not (everything or match or page):
+        raise click.UsageError("which models? --all, or --match GLOB")
     results.parent.mkdir(parents=True, exist_ok=True)
     done = table.read(results)
     finished = {name for name, row in done.items() if not again or row["result"] == "pass"}
-    names = [name for name in all_names() if everything or any(fnmatch.fnmatchcase(name, glob) for glob in match)]
-    if not names and (match or page is None):
-        raise click.UsageError(f"--match {' '.join(match)} fits no model" if match else "which models? --all, or --match GLOB")
+    names = [name for name in known if everything or any(fnmatch.fnmatchcase(name, glob) for glob in match)]
     left = [name for name in names[shard] if name not in finished]
     for row in _side_by_side(left, workers, memory * 2**30, 60 * minutes):
         table.append(results, row)
