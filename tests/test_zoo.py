@@ -158,6 +158,7 @@ def test_conversion_is_exact(name: str):
         (["--match", "timm/test_vit4", "--shard", "3/2"], "not '3/2'"),
         (["--match", "timm/test_vit4", "--shard", "0/2"], "not '0/2'"),
         (["--match", "timm/test_vit4", "--shard", "1"], "not '1'"),
+        (["--match", "timm/test_vit4", "--workers", "0"], "--workers"),
     ],
 )
 def test_what_names_no_model_is_refused(arguments: list[str], message: str, tmp_path: Path):

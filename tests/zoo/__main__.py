@@ -40,7 +40,9 @@ def _shard(context: click.Context, option: click.Parameter, value: str) -> slice
 @click.option(
     "--shard", default="1/1", show_default=True, callback=_shard, metavar="I/N", help="Every N-th model, from the I-th on."
 )
-@click.option("--workers", default=1, show_default=True, help="Processes side by side, of one thread each.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes side by side, of one thread each."
+)
 @click.option("--memory", default=10.0, show_default=True, help="GiB that one process may take.")
 @click.option("--minutes", default=15.0, show_default=True, help="How long one model may take.")
 @click.option("--results", type=click.Path(path_type=Path), default=Path("docs/zoo.csv"), show_default=True)
