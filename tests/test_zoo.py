@@ -159,6 +159,9 @@ def test_conversion_is_exact(name: str):
         (["--match", "timm/test_vit4", "--shard", "0/2"], "not '0/2'"),
         (["--match", "timm/test_vit4", "--shard", "1"], "not '1'"),
         (["--match", "timm/test_vit4", "--workers", "0"], "--workers"),
+        (["--match", "timm/test_vit4", "--memory", "0"], "--memory"),
+        (["--match", "timm/test_vit4", "--all"], "which models?"),
+        (["--match", "timm/test_vit4", "--table", "."], "is a directory"),
     ],
 )
 def test_what_names_no_model_is_refused(arguments: list[str], message: str, tmp_path: Path):
@@ -173,11 +176,12 @@ def test_what_was_checked_is_not_checked_again_and_stands_in_the_table(tmp_path:
     where = ["--results", str(results), "--table", str(page)]
     command = [sys.executable, "-m", "tests.zoo", "--match", "timm/test_vit4", *where]
     found = subprocess.run(command, cwd=Path(__file__).parents[1], check=False, capture_output=True, text=True)
-    assert found.stdout.split()[:2] == ["timm/test_vit4", "pass"], found.stderr
-    for selection in (["--match", "timm/test_vit4"], []):
+    first, second = found.stdout.splitlines()
+    assert first.startswith("1 to check, 0 already in ") and second.split()[:2] == ["timm/test_vit4", "pass"], found.stderr
+    for count, selection in ((1, ["--match", "timm/test_vit4"]), (0, [])):
         page.unlink()
         again = CliRunner().invoke(main, [*selection, *where])
-        assert (again.exit_code, again.output) == (0, "")
+        assert (again.exit_code, again.output) == (0, f"0 to check, {count} already in {results}\n")
         assert "| timm.models.vision_transformer | 1 | 1 | 0 | 0 |" in page.read_text(encoding="utf-8")
 
 

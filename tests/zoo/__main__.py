@@ -34,6 +34,10 @@ def _shard(context: click.Context, option: click.Parameter, value: str) -> slice
     return slice(int(first) - 1, None, int(step))
 
 
+ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
+A_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
 @click.command(help=__doc__)
 @click.option("--all", "everything", is_flag=True, help="Every model.")
 @click.option("--match", multiple=True, metavar="GLOB", help="Models such as 'timm/beit*'; repeatable.")
@@ -43,11 +47,11 @@ def _shard(context: click.Context, option: click.Parameter, value: str) -> slice
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes side by side, of one thread each."
 )
-@click.option("--memory", default=10.0, show_default=True, help="GiB that one process may take.")
-@click.option("--minutes", default=15.0, show_default=True, help="How long one model may take.")
-@click.option("--results", type=click.Path(path_type=Path), default=Path("docs/zoo.csv"), show_default=True)
+@click.option("--memory", type=ABOVE_ZERO, default=10.0, show_default=True, help="GiB that one process may take.")
+@click.option("--minutes", type=ABOVE_ZERO, default=15.0, show_default=True, help="How long one model may take.")
+@click.option("--results", type=A_FILE, default=Path("docs/zoo.csv"), show_default=True)
 @click.option("--again", is_flag=True, help="Check those anew that did not pass.")
-@click.option("--table", "page", type=click.Path(path_type=Path), help="Write a page about all results.")
+@click.option("--table", "page", type=A_FILE, help="Write a page about all results.")
 def main(
     everything: bool,
     match: tuple[str, ...],
@@ -64,13 +68,14 @@ def main(
     for glob in match:
         if not fnmatch.filter(known, glob):
             raise click.UsageError(f"--match {glob!r} fits no model{near(glob, known)}")
-    if not (everything or match or page):
+    if everything and match or not (everything or match or page):
         raise click.UsageError("which models? --all, or --match GLOB")
     results.parent.mkdir(parents=True, exist_ok=True)
     done = table.read(results)
     finished = {name for name, row in done.items() if not again or row["result"] == "pass"}
     names = [name for name in known if everything or any(fnmatch.fnmatchcase(name, glob) for glob in match)]
     left = [name for name in names[shard] if name not in finished]
+    click.echo(f"{len(left)} to check, {len(names[shard]) - len(left)} already in {results}")
     for row in _side_by_side(left, workers, memory * 2**30, 60 * minutes):
         table.append(results, row)
         click.echo(f"{row['name']:50} {row['result']:8} {row['seconds']:6.1f} s  {row['reason']}")
