@@ -150,13 +150,19 @@ def test_the_benchmark_sees_time_memory_and_state():
     )
 
 
-def test_all_contestants_train_the_same_weights():
+def test_all_contestants_train_the_same_weights(monkeypatch: pytest.MonkeyPatch):
     made: list[nn.Module] = []
+    optimizers: list[torch.optim.SGD] = []
+
+    def optimizer(*args: Any, **options: Any) -> torch.optim.SGD:
+        optimizers.append(torch.optim.SGD(*args, **options))
+        return optimizers[-1]
 
     def once_more() -> nn.Module:
         made.append(make("timm/test_byobnet"))
         return made[-1]
 
+    monkeypatch.setattr(benchmark, "SGD", optimizer)
     images, labels = batch()
     before = once_more().state_dict()
     benchmark.compare(once_more, {"fa": "fa", "kp": "kp"}, images, labels, rounds=1)
@@ -166,6 +172,8 @@ def test_all_contestants_train_the_same_weights():
     for other in others:
         assert all(other.get_parameter(name) is value for name, value in first.named_parameters())
         assert all(other.get_buffer(name) is value for name, value in first.named_buffers())
+    assert len(optimizers) == 4 and optimizers[0].state, "momenta"
+    assert all(other.state is optimizers[0].state for other in optimizers)
 
 
 def test_the_benchmark_runs_in_bfloat16():

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import fahooks
 from fahooks.surgery import feedback_rules
 from tests.zoo import __main__ as zoo
-from tests.zoo.__main__ import main
 from tests.zoo.exactness import Gradients, distance, learn, require_same_bits, require_same_gradients
 from tests.zoo.names import check_by_name, family, small
 
@@ -164,9 +163,9 @@ def test_conversion_is_exact(name: str):
         (["--match", "timm/test_vit4", "--table", "."], "is a directory"),
     ],
 )
-def test_what_names_no_model_is_refused(arguments: list[str], message: str, tmp_path: Path):
+def test_what_can_not_be_checked_is_refused(arguments: list[str], message: str, tmp_path: Path):
     results = tmp_path / "new" / "zoo.csv"
-    found = CliRunner().invoke(main, [*arguments, "--results", str(results)])
+    found = CliRunner().invoke(zoo.main, [*arguments, "--results", str(results)])
     assert found.exit_code == 2 and message in found.output, found.output
     assert not results.parent.exists()
 
@@ -180,7 +179,7 @@ def test_what_was_checked_is_not_checked_again_and_stands_in_the_table(tmp_path:
     assert first.startswith("1 to check, 0 already in ") and second.split()[:2] == ["timm/test_vit4", "pass"], found.stderr
     for count, selection in ((1, ["--match", "timm/test_vit4"]), (0, [])):
         page.unlink()
-        again = CliRunner().invoke(main, [*selection, *where])
+        again = CliRunner().invoke(zoo.main, [*selection, *where])
         assert (again.exit_code, again.output) == (0, f"0 to check, {count} already in {results}\n")
         assert "| timm.models.vision_transformer | 1 | 1 | 0 | 0 |" in page.read_text(encoding="utf-8")
 
@@ -191,7 +190,7 @@ def test_shards_are_all_models_each_once(tmp_path: Path, monkeypatch: pytest.Mon
     for shard in ("1/3", "2/3", "3/3"):
         before = len(asked)
         arguments = ["--match", "timm/test_*", "--shard", shard, "--results", str(tmp_path / "zoo.csv")]
-        assert CliRunner().invoke(main, arguments).exit_code == 0
+        assert CliRunner().invoke(zoo.main, arguments).exit_code == 0
         assert len(asked) > before
     assert sorted(asked) == [name for name in zoo.all_names() if name.startswith("timm/test_")]
 

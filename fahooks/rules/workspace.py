@@ -52,7 +52,10 @@ def sign(weight: Tensor) -> Tensor:
 
 
 def _is_served(weight: Tensor) -> bool:
-    """Whether the weight is an ordinary tensor on a CPU, without gaps, in a backward pass; a compiler plans memory itself."""
+    """Whether the weight is an ordinary tensor on a CPU, without gaps, in a backward pass.
+
+    Not of a thread that leaves memory to its allocator, nor where a compiler plans memory itself.
+    """
     return (
         weight.is_cpu
         and not is_dynamo_compiling()
